@@ -1,0 +1,2 @@
+//! Byte layouts shared by programs and loader.
+#![no_std]

@@ -1,0 +1,2 @@
+//! Packet and balancing logic.
+#![no_std]

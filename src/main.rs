@@ -1,0 +1,2 @@
+//! The `sheave` program: parses its arguments and dispatches; holds no logic of its own.
+fn main() {}

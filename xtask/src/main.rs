@@ -1,0 +1,2 @@
+//! The single door for developers.
+fn main() {}
