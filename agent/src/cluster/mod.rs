@@ -1,0 +1,1 @@
+//! What the API says, as compact models. No typed API object outlives the function that decoded it.

@@ -1,0 +1,64 @@
+//! Every bound and timeout of the agent, units last. Nothing outside this file hides a number that
+//! an operator could run into.
+use std::time::Duration;
+
+/// Pods that one node can be configured for.
+pub const PODS_PER_NODE_MAX: u32 = 1024;
+/// How often the Lease in `kube-node-lease` is renewed.
+pub const LEASE_RENEW_PERIOD_S: u64 = 10;
+/// `spec.leaseDurationSeconds` of that Lease.
+pub const LEASE_DURATION_S: i32 = 40;
+/// A Node whose conditions did not change is still reported after this long.
+pub const NODE_STATUS_PERIOD_S: u64 = 300;
+/// How often the pressure conditions are looked at.
+pub const NODE_PRESSURE_PERIOD_S: u64 = 10;
+/// Slow pass over every pod that repairs what an event was lost for.
+pub const POD_RESYNC_PERIOD_S: u64 = 60;
+/// First pause after a container failed.
+pub const RESTART_BACKOFF_FIRST_S: u64 = 10;
+/// Longest pause after a container failed.
+pub const RESTART_BACKOFF_MAX_S: u64 = 300;
+/// A container that ran this long starts again without history.
+pub const RESTART_BACKOFF_RESET_S: u64 = 600;
+/// Pause after a sandbox, its network or a volume could not be made; doubles up to
+/// [`RESTART_BACKOFF_MAX_S`].
+pub const SANDBOX_BACKOFF_FIRST_S: u64 = 1;
+/// What a container gets between TERM and KILL at least, however it is deleted.
+pub const STOP_GRACE_MIN_S: u64 = 2;
+/// How long pods that failed or vanished wait for their last status to be accepted.
+pub const API_RETRY_FIRST_MS: u64 = 100;
+/// Longest pause between two tries of one API request.
+pub const API_RETRY_MAX_S: u64 = 10;
+/// One API request that is not a watch.
+pub const API_REQUEST_TIMEOUT_S: u64 = 10;
+/// Read from a probe's http response at most.
+pub const PROBE_BODY_BYTES_MAX: usize = 10 * 1024;
+/// Probes in flight on one node.
+pub const PROBES_IN_FLIGHT_MAX: usize = 64;
+/// Length of a probe's or hook's output in an event.
+pub const PROBE_OUTPUT_BYTES_MAX: usize = 1024;
+/// Pods that are brought up at the same time.
+pub const POD_STARTS_IN_FLIGHT_MAX: usize = 16;
+/// Distinct events remembered for counting repeats.
+pub const EVENTS_REMEMBERED_MAX: usize = 1024;
+/// Events that one object may emit at once.
+pub const EVENTS_BURST_PER_OBJECT: u32 = 25;
+/// Pause after which an object with a used-up burst may emit another event.
+pub const EVENT_REFILL_S: u64 = 300;
+/// Events waiting to be sent; more are dropped and counted.
+pub const EVENTS_QUEUED_MAX: usize = 1024;
+/// Bytes of a container's termination message.
+pub const TERMINATION_MESSAGE_BYTES_MAX: usize = 4096;
+/// Bytes of log used where a termination message falls back to it.
+pub const TERMINATION_LOG_BYTES_MAX: usize = 2048;
+/// Lines of log used where a termination message falls back to it.
+pub const TERMINATION_LOG_LINES_MAX: usize = 80;
+/// Connections to the https listener at once.
+pub const SERVER_CONNECTIONS_MAX: usize = 256;
+/// TLS handshake and request head of one connection.
+pub const SERVER_HANDSHAKE_TIMEOUT_S: u64 = 10;
+
+/// A number of whole seconds from this file as a [`Duration`].
+pub const fn secs(s: u64) -> Duration {
+    Duration::from_secs(s)
+}

@@ -1,0 +1,2 @@
+//! Pods: a pure core that decides from (desired pod, what runs, clock) what to do next, and one
+//! driver that does it. The core does no I/O and reads no clock.
