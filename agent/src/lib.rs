@@ -4,7 +4,9 @@
 pub mod cluster;
 pub mod config;
 pub mod limits;
+pub mod network;
 pub mod pod;
+pub mod runtime;
 pub mod server;
 
 pub use config::{AgentConfig, Component, ConfigError};

@@ -1,0 +1,3 @@
+//! Containers of this node.
+
+pub mod image;
