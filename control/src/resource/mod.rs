@@ -1,0 +1,27 @@
+//! The resource rules: kinds, defaulting, validation, life cycle, patches, selectors, tables, discovery and
+//! address allocation. Everything here is a synchronous, pure function over JSON values: no clock, no randomness, no
+//! I/O, so the HTTP room and the controllers obey the same rules.
+
+mod default;
+pub mod error;
+pub mod index;
+pub mod kinds;
+pub mod lifecycle;
+pub mod names;
+pub mod object;
+pub mod patch;
+pub mod selector;
+pub mod table;
+mod validate;
+
+pub use default::default_object;
+pub use error::{ApiError, Cause, CauseReason, Details};
+pub use index::{ObjectIndex, OwnerRef};
+pub use kinds::{Kind, Subresource, find, find_by_gvk, kinds};
+pub use lifecycle::{
+    DeleteOptions, DeleteOutcome, Propagation, Stamp, UpdateOutcome, finish_update, plan_delete,
+    prepare_create, prepare_update,
+};
+pub use patch::{PatchType, apply_patch};
+pub use selector::{FieldSelector, LabelSelector, Selectors};
+pub use validate::{validate_create, validate_update};
