@@ -1,2 +1,53 @@
-//! The single door for developers.
-fn main() {}
+//! The single door: every chore of this repository is one verb of `cargo xtask`. This file parses and dispatches;
+//! each verb has a module. Nothing here depends on the project's own crates, so that it builds first and fast.
+
+mod build;
+mod ci;
+mod proc;
+mod setup;
+mod test;
+mod tidy;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The single door to Sheave's repository.
+#[derive(Parser)]
+#[command(name = "cargo xtask", disable_help_subcommand = true)]
+struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what is missing to build, test and measure, after saying what and why
+    Setup(setup::Args),
+    /// Build the `sheave` program: release, static, stripped
+    Build(build::Args),
+    /// Run the test rings: host, prog, netns, vm
+    Test(test::Args),
+    /// Check the laws of the tree that no compiler knows
+    Tidy,
+    /// All that CI checks: format, lints, tidy, every ring
+    Ci(ci::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Args::parse().verb {
+        Verb::Setup(args) => setup::main(&args),
+        Verb::Build(args) => build::main(&args),
+        Verb::Test(args) => test::main(&args),
+        Verb::Tidy => tidy::main(),
+        Verb::Ci(args) => ci::main(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            ui::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Ring host: whole-program rules that need no privilege. One file a subject.

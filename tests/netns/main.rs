@@ -1,0 +1,2 @@
+//! Ring netns: the real kernel, nodes as network namespaces. One file a subject; what is named `service_` or
+//! `runtime_` also runs on the kernels of ring vm.

@@ -1,0 +1,1 @@
+//! Ring vm: other kernels, in virtual machines.

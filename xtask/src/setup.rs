@@ -1,0 +1,292 @@
+//! What a host needs, found out by looking and installed only after saying what and why. A second run finds nothing
+//! to do and says so within a second.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{proc, ui};
+
+/// What the host is to be able to do; a verb asks only for what it uses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub(crate) enum Group {
+    /// Compile the program, the eBPF object included
+    Build,
+    /// Run every test ring and the demo
+    Test,
+    /// Run the benches' rivals
+    Bench,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Install without asking
+    #[arg(long)]
+    yes: bool,
+    /// Only say what is missing; exit 1 if anything is
+    #[arg(long)]
+    check: bool,
+    /// For what; default: build and test
+    #[arg(value_enum)]
+    groups: Vec<Group>,
+}
+
+/// Debian packages that serve one purpose.
+struct Packages {
+    group: Group,
+    why: &'static str,
+    names: &'static [&'static str],
+}
+
+/// The compiler part comes from Debian because its `libstd-rust-web-dev-bpf` brings a prebuilt `core` for BPF, which
+/// elsewhere takes a nightly compiler; its LLVM must be the one that bpf-linker is built with.
+const BPF_COMPILER: Packages = Packages {
+    group: Group::Build,
+    why: "a Rust compiler with a prebuilt `core` for BPF",
+    names: &["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"],
+};
+
+const PACKAGES: &[Packages] = &[
+    Packages {
+        group: Group::Build,
+        why: "linking, and the libc for static programs",
+        names: &["gcc", "g++", "libc6-dev", "binutils"],
+    },
+    Packages {
+        group: Group::Test,
+        why: "namespaces, links and a root filesystem for test pods",
+        names: &["iproute2", "busybox-static"],
+    },
+    Packages {
+        group: Group::Test,
+        why: "virtual machines with other kernels",
+        names: &["qemu-system-x86", "kmod", "xz-utils", "zstd", "lz4", "cpio"],
+    },
+    Packages { group: Group::Bench, why: "what the benches compare with", names: &["runc", "etcd-server"] },
+];
+
+/// To build bpf-linker; asked for only while it is missing.
+const LINKER_PACKAGES: Packages = Packages {
+    group: Group::Build,
+    why: "to build bpf-linker",
+    names: &["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev"],
+};
+
+const LINKER_VERSION: &str = "0.13.0";
+const LINKER_LLVM: &str = "/usr/lib/llvm-22";
+
+/// Where Debian's BPF `core` lies.
+const DEBIAN_BPF: &str = "/usr/lib/rustlib/bpfel-unknown-none/lib";
+
+pub(crate) fn main(args: &Args) -> Result<()> {
+    let groups = if args.groups.is_empty() { &[Group::Build, Group::Test] } else { args.groups.as_slice() };
+    let missing = Missing::look(groups)?;
+    if missing.is_empty() {
+        println!("nothing is missing");
+        return Ok(());
+    }
+    if args.check {
+        missing.print();
+        bail!("something is missing; `cargo xtask setup` installs it");
+    }
+    missing.install(args.yes)
+}
+
+/// Installs what `groups` lack, asking first unless `yes`; silent when nothing does.
+pub(crate) fn ensure(groups: &[Group], yes: bool) -> Result<()> {
+    let missing = Missing::look(groups)?;
+    if missing.is_empty() { Ok(()) } else { missing.install(yes) }
+}
+
+/// What the host lacks.
+#[derive(Default)]
+struct Missing {
+    /// Purpose and names of packages to install.
+    packages: Vec<(&'static str, Vec<&'static str>)>,
+    /// rustup is there but does not know Debian's compiler.
+    toolchain_link: bool,
+    linker: bool,
+}
+
+impl Missing {
+    fn look(groups: &[Group]) -> Result<Missing> {
+        let mut missing = Missing::default();
+        let mut wanted: Vec<&Packages> = PACKAGES.iter().filter(|p| groups.contains(&p.group)).collect();
+        if groups.contains(&Group::Build) {
+            let rustup = proc::find("rustup").is_some();
+            let toolchains = if rustup { rustup_toolchains()? } else { String::new() };
+            let nightly = rustup && nightly_has_source(&toolchains);
+            if !nightly {
+                wanted.push(&BPF_COMPILER);
+            }
+            let linked = toolchains.lines().any(|line| line.split(' ').next() == Some("debian"));
+            missing.toolchain_link = rustup && !linked && (!nightly || Path::new(DEBIAN_BPF).exists());
+            missing.linker = !linker_serves();
+            if missing.linker {
+                wanted.push(&LINKER_PACKAGES);
+            }
+        }
+        let installed = installed_packages(wanted.iter().flat_map(|p| p.names.iter().copied()))?;
+        for packages in wanted {
+            let names: Vec<_> = packages.names.iter().copied().filter(|n| !installed.contains(*n)).collect();
+            if !names.is_empty() {
+                missing.packages.push((packages.why, names));
+            }
+        }
+        Ok(missing)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.packages.is_empty() && !self.toolchain_link && !self.linker
+    }
+
+    fn names(&self) -> Vec<&'static str> {
+        self.packages.iter().flat_map(|(_, names)| names.iter().copied()).collect()
+    }
+
+    fn print(&self) {
+        eprintln!("To be installed:");
+        for (why, names) in &self.packages {
+            eprintln!("  apt packages {}: {why}", names.join(" "));
+        }
+        if self.toolchain_link {
+            eprintln!(
+                "  rustup toolchain `debian`, a link to /usr: Debian's compiler under a name cargo can use"
+            );
+        }
+        if self.linker {
+            eprintln!("  bpf-linker {LINKER_VERSION} by `cargo install`: links the eBPF object");
+        }
+    }
+
+    fn install(&self, yes: bool) -> Result<()> {
+        self.print();
+        if !yes {
+            if !ui::interactive() {
+                bail!("not installed: nobody to ask; pass --yes, or run `cargo xtask setup --yes`");
+            }
+            if !ui::confirm("Install now?")? {
+                bail!("not installed");
+            }
+        }
+        self.install_packages()?;
+        if self.toolchain_link {
+            ui::step(
+                "rustup toolchain link debian /usr",
+                Command::new("rustup").args(["toolchain", "link", "debian", "/usr"]),
+            )?;
+        }
+        if self.linker { install_linker() } else { Ok(()) }
+    }
+
+    fn install_packages(&self) -> Result<()> {
+        let names = self.names();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let by_hand = format!("apt-get install --no-install-recommends {}", names.join(" "));
+        if proc::find("apt-get").is_none() {
+            bail!(
+                "this host has no apt-get; install what these Debian packages hold, then try again: {}",
+                names.join(" ")
+            );
+        }
+        if !is_root()? {
+            bail!("installing packages takes root: run this verb as root, or by hand: sudo {by_hand}");
+        }
+        let install = || {
+            let mut apt = Command::new("apt-get");
+            apt.args(["install", "-y", "--no-install-recommends"]).args(&names);
+            apt.env("DEBIAN_FRONTEND", "noninteractive");
+            ui::step(&format!("apt-get install ({} packages)", names.len()), &mut apt)
+        };
+        // The package lists may be missing or too old to fetch from; refreshing them always would cost seconds.
+        if all_known(&names)? && install().is_ok() {
+            return Ok(());
+        }
+        ui::step("apt-get update", Command::new("apt-get").arg("update"))?;
+        install()
+    }
+}
+
+fn install_linker() -> Result<()> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["install", "bpf-linker", "--locked", "--version", LINKER_VERSION]);
+    cargo.args(["--no-default-features", "--features", "llvm-22", "--force"]).env("LLVM_PREFIX", LINKER_LLVM);
+    ui::step(&format!("cargo install bpf-linker {LINKER_VERSION} (some minutes)"), &mut cargo)
+}
+
+/// True if a bpf-linker is there that is not older than the one we build.
+fn linker_serves() -> bool {
+    let Some(path) = proc::find_tool("bpf-linker") else { return false };
+    let Ok(text) = proc::output(Command::new(path).arg("--version")) else { return false };
+    let Some(version) = text.split_whitespace().nth(1) else { return false };
+    numbers(version) >= numbers(LINKER_VERSION)
+}
+
+fn numbers(version: &str) -> Vec<u32> {
+    version.split('.').map_while(|part| part.parse().ok()).collect()
+}
+
+fn rustup_toolchains() -> Result<String> {
+    proc::output(Command::new("rustup").args(["toolchain", "list"]))
+}
+
+/// A nightly compiler with the library's source builds `core` for BPF itself.
+fn nightly_has_source(toolchains: &str) -> bool {
+    if !toolchains.lines().any(|line| line.starts_with("nightly")) {
+        return false;
+    }
+    let sysroot =
+        proc::output(Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]));
+    sysroot.is_ok_and(|dir| Path::new(dir.trim()).join("lib/rustlib/src/rust/library/core").exists())
+}
+
+fn installed_packages<'a>(names: impl Iterator<Item = &'a str>) -> Result<BTreeSet<String>> {
+    if proc::find("dpkg-query").is_none() {
+        return Ok(BTreeSet::new());
+    }
+    // Unknown packages make dpkg-query fail after it has printed the known ones.
+    let mut query = Command::new("dpkg-query");
+    query.args(["-W", "-f", "${Package} ${db:Status-Status}\n"]).args(names);
+    let output = proc::capture(&mut query)?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().filter_map(|line| line.strip_suffix(" installed")).map(str::to_owned).collect())
+}
+
+/// True if apt's lists know a version of every package.
+fn all_known(names: &[&str]) -> Result<bool> {
+    let text = proc::output(Command::new("apt-cache").arg("policy").args(names).env("LC_ALL", "C"))?;
+    let candidates =
+        text.lines().filter(|l| l.trim_start().starts_with("Candidate:") && !l.contains("(none)"));
+    Ok(candidates.count() == names.len())
+}
+
+/// Read from /proc because std has no call for it and a crate for one number is too much.
+pub(crate) fn is_root() -> Result<bool> {
+    let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
+    let uids =
+        status.lines().find_map(|line| line.strip_prefix("Uid:")).context("/proc/self/status has no Uid")?;
+    Ok(uids.split_whitespace().nth(1) == Some("0"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_compare_as_numbers() {
+        assert!(numbers("0.13.0") >= numbers(LINKER_VERSION));
+        assert!(numbers("0.14.1-beta") > numbers("0.13.0"));
+        assert!(numbers("0.9.15") < numbers("0.13.0"));
+    }
+
+    #[test]
+    fn no_package_is_named_twice() {
+        let all: Vec<_> =
+            PACKAGES.iter().chain([&BPF_COMPILER, &LINKER_PACKAGES]).flat_map(|p| p.names).collect();
+        assert_eq!(all.len(), all.iter().collect::<BTreeSet<_>>().len());
+    }
+}

@@ -1,0 +1,155 @@
+//! The test rings, least powerful first. Every test is counted once, as passed, failed or skipped; a skip that is
+//! not on the written list fails the ring under CI, and so does anything a ring leaves behind on the host.
+
+mod count;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{build, proc, setup, ui};
+use count::Tally;
+
+/// Where tests report that they skipped themselves (`harness::skip`).
+const SKIP_FILE: &str = "SHEAVE_SKIP_FILE";
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub(crate) enum Ring {
+    /// Pure code; needs no privilege
+    Host,
+    /// The eBPF programs, loaded and run on made-up packets
+    Prog,
+    /// The real kernel: nodes as network namespaces
+    Netns,
+    /// Other kernels, in virtual machines
+    Vm,
+}
+
+impl Ring {
+    const ALL: [Ring; 4] = [Ring::Host, Ring::Prog, Ring::Netns, Ring::Vm];
+
+    fn name(self) -> &'static str {
+        match self {
+            Ring::Host => "host",
+            Ring::Prog => "prog",
+            Ring::Netns => "netns",
+            Ring::Vm => "vm",
+        }
+    }
+
+    /// Which targets cargo builds and runs.
+    fn selection(self) -> &'static [&'static str] {
+        match self {
+            Ring::Host => &["--workspace", "--lib", "--bins", "--test", "host"],
+            Ring::Prog => &["--test", "prog"],
+            Ring::Netns => &["--test", "netns"],
+            Ring::Vm => &["--test", "vm"],
+        }
+    }
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Which rings; default: all
+    #[arg(value_enum)]
+    rings: Vec<Ring>,
+    /// Install what is missing without asking
+    #[arg(long)]
+    yes: bool,
+    /// Only tests whose names contain one of these
+    #[arg(last = true)]
+    filters: Vec<String>,
+}
+
+impl Args {
+    pub(crate) fn every_ring(yes: bool) -> Args {
+        Args { rings: Vec::new(), yes, filters: Vec::new() }
+    }
+}
+
+pub(crate) fn main(args: &Args) -> Result<()> {
+    setup::ensure(&[setup::Group::Build, setup::Group::Test], args.yes)?;
+    let rings = if args.rings.is_empty() { &Ring::ALL } else { args.rings.as_slice() };
+    let mut tallies = Vec::new();
+    for ring in rings {
+        tallies.push((ring.name(), run_ring(*ring, &args.filters)?));
+    }
+    let mut total = Tally::default();
+    for (name, tally) in &tallies {
+        println!("ring {name}: {}", tally.line());
+        total.add(tally);
+    }
+    println!("{}", total.counts());
+    if total.failed > 0 {
+        bail!("{} tests failed", total.failed);
+    }
+    Ok(())
+}
+
+/// Builds, runs and judges one ring. An error means that the ring could not be judged at all.
+fn run_ring(ring: Ring, filters: &[String]) -> Result<Tally> {
+    let dir = proc::target_dir()?.join("xtask");
+    fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+    // Apart from the run, so that compile errors and progress are seen.
+    if proc::run(cargo(ring).arg("--no-run")).is_err() {
+        return Ok(Tally { failed: 1, notes: vec!["does not compile".into()], ..Tally::default() });
+    }
+    let (log, skips) = (dir.join(format!("{}.log", ring.name())), dir.join(format!("{}.skips", ring.name())));
+    fs::write(&skips, "").with_context(|| format!("empty {}", skips.display()))?;
+    let step = ui::Step::start(format!("ring {}", ring.name()));
+    let success = run_logged(&mut cargo(ring), filters, &log, &skips)?;
+    let mut tally = count::tally(&read(&log)?, success);
+    tally.take_skips(&read(&skips)?, ring.name(), &allowed_skips()?);
+    if tally.failed > 0 {
+        drop(step);
+        eprintln!("{}", read(&log)?);
+        eprintln!("(this is {})", log.display());
+    } else {
+        step.done(&tally.counts());
+    }
+    Ok(tally)
+}
+
+/// Rings run what is shipped: static programs. Also what starts fastest in an emulated machine.
+fn cargo(ring: Ring) -> Command {
+    let mut cargo = build::static_cargo("test");
+    cargo.args(ring.selection()).arg("--no-fail-fast");
+    cargo
+}
+
+fn run_logged(cargo: &mut Command, filters: &[String], log: &Path, skips: &Path) -> Result<bool> {
+    let out = fs::File::create(log).with_context(|| format!("make {}", log.display()))?;
+    let err = out.try_clone().context("duplicate the log's descriptor")?;
+    cargo
+        .arg("--")
+        .args(filters)
+        .env(SKIP_FILE, skips)
+        .stdin(std::process::Stdio::null())
+        .stdout(out)
+        .stderr(err);
+    let status = cargo.status().with_context(|| format!("start {}", proc::line(cargo)))?;
+    Ok(status.success())
+}
+
+/// The written list: `<ring> <test>: <why>` a line, `#` for comments. Without CI every skip is allowed, but told.
+fn allowed_skips() -> Result<Option<Vec<(String, String)>>> {
+    if std::env::var_os("CI").is_none_or(|ci| ci != "true") {
+        return Ok(None);
+    }
+    let text = read(&proc::root().join("tests/allowed-skips.txt"))?;
+    let lines = text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
+    let parse = |line: &str| {
+        let (ring, rest) = line.split_once(' ')?;
+        let (test, why) = rest.rsplit_once(": ")?;
+        (!why.trim().is_empty()).then(|| (ring.to_owned(), test.to_owned()))
+    };
+    let parsed = lines.map(|line| parse(line).with_context(|| format!("tests/allowed-skips.txt: `{line}`")));
+    parsed.collect::<Result<Vec<_>>>().map(Some)
+}
+
+fn read(path: &PathBuf) -> Result<String> {
+    let bytes = fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
