@@ -58,6 +58,9 @@ pub const SERVER_CONNECTIONS_MAX: usize = 256;
 /// TLS handshake and request head of one connection.
 pub const SERVER_HANDSHAKE_TIMEOUT_S: u64 = 10;
 
+/// Output of an exec that is kept; the rest is read and thrown away.
+pub const EXEC_OUTPUT_BYTES_MAX: usize = 64 * 1024;
+
 /// A number of whole seconds from this file as a [`Duration`].
 pub const fn secs(s: u64) -> Duration {
     Duration::from_secs(s)
