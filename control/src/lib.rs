@@ -1,2 +1,9 @@
-//! The control plane.
+//! The control plane of Sheave: what is in the store was durable before anybody saw it, and
+//! everything that reads or writes an object goes through the registry.
+//!
+//! `resource` holds the pure rules, `store` the bytes, `registry` puts the two together, `api` is
+//! the only room that knows HTTP, `controller` and `schedule` act through the registry.
+
+pub mod limits;
 pub mod resource;
+pub mod store;
