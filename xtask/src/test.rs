@@ -92,10 +92,12 @@ pub(crate) fn main(args: &Args) -> Result<()> {
 fn run_ring(ring: Ring, filters: &[String]) -> Result<Tally> {
     let dir = proc::target_dir()?.join("xtask");
     fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
-    // Apart from the run, so that compile errors and progress are seen.
-    if proc::run(cargo(ring).arg("--no-run")).is_err() {
+    // Apart from the run, so that compile errors are seen and not logged.
+    let step = ui::Step::start(format!("build ring {}", ring.name()));
+    if proc::run(cargo(ring).args(["--quiet", "--no-run"])).is_err() {
         return Ok(Tally { failed: 1, notes: vec!["does not compile".into()], ..Tally::default() });
     }
+    step.done("");
     let (log, skips) = (dir.join(format!("{}.log", ring.name())), dir.join(format!("{}.skips", ring.name())));
     fs::write(&skips, "").with_context(|| format!("empty {}", skips.display()))?;
     let step = ui::Step::start(format!("ring {}", ring.name()));
