@@ -2,13 +2,16 @@
 //! address allocation. Everything here is a synchronous, pure function over JSON values: no clock, no randomness, no
 //! I/O, so the HTTP room and the controllers obey the same rules.
 
+pub mod alloc;
 mod default;
+pub mod discovery;
 pub mod error;
 pub mod index;
 pub mod kinds;
 pub mod lifecycle;
 pub mod names;
 pub mod object;
+pub mod openapi;
 pub mod patch;
 pub mod selector;
 pub mod table;
