@@ -5,5 +5,6 @@
 //! the only room that knows HTTP, `controller` and `schedule` act through the registry.
 
 pub mod limits;
+pub mod registry;
 pub mod resource;
 pub mod store;

@@ -26,3 +26,7 @@ pub const HISTORY_TRIM_STEPS: usize = 128;
 pub const HISTORY_TRIM_IDLE_STEPS: usize = 8192;
 /// How often an idle store looks for history to forget.
 pub const STORE_TRIM_SECS: u64 = 30;
+/// Names that are tried for a `generateName` before the create fails.
+pub const GENERATE_NAME_TRIES: usize = 8;
+/// Attempts at a write whose object changes between the look at it and the commit.
+pub const WRITE_TRIES: usize = 64;

@@ -9,6 +9,8 @@ use serde_json::Value;
 use super::{Draft, Key, Object, Rev};
 use crate::resource::ObjectIndex;
 
+const REV_FIELD: &[u8] = b"\"resourceVersion\":\"";
+
 impl Draft {
     /// Serialises an object. Whatever `metadata.resourceVersion` it has is left out. `None` when
     /// it isn't a JSON object with an object as `metadata`.
@@ -16,7 +18,8 @@ impl Draft {
         let top = value.as_object()?;
         let metadata = top.get("metadata")?.as_object()?;
         let mut bytes = Vec::with_capacity(1024);
-        bytes.extend_from_slice(b"{\"metadata\":{\"resourceVersion\":\"");
+        bytes.extend_from_slice(b"{\"metadata\":{");
+        bytes.extend_from_slice(REV_FIELD);
         let rev_at = u32::try_from(bytes.len()).ok()?;
         bytes.push(b'"');
         for (key, member) in metadata.iter().filter(|(key, _)| *key != "resourceVersion") {
@@ -38,6 +41,15 @@ impl Draft {
     /// Never: an object has at least its metadata.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
+    }
+
+    /// The object as it would be created: without a revision (0 stands for none).
+    pub fn without_rev(self, key: Key) -> Object {
+        let at = self.rev_at as usize;
+        let (head, tail) = (&self.bytes[..at - REV_FIELD.len()], &self.bytes[at + 1..]);
+        let tail = tail.strip_prefix(b",").unwrap_or(tail);
+        let bytes = [head, tail].concat().into();
+        Object { key, rev: 0, bytes, index: self.index, written_secs: 0, rev_at: 0 }
     }
 
     /// The object as it would be stored at `rev`.
@@ -115,6 +127,10 @@ mod tests {
             "metadata": {"name": "a\"b", "resourceVersion": "17", "labels": {"l": "é"}}});
         let draft = Draft::new(&value, ObjectIndex::default()).unwrap();
         let key = Key::new("configmaps", "d", "a");
+        let none = draft.clone().without_rev(key.clone());
+        let mut bare = value.clone();
+        bare["metadata"].as_object_mut().unwrap().remove("resourceVersion");
+        assert_eq!(none.value(), bare);
         let object = draft.finish(key, 9, 0);
         value["metadata"]["resourceVersion"] = json!("9");
         assert_eq!(object.value(), value);
