@@ -244,6 +244,22 @@ impl ApiError {
         )
     }
 
+    /// 413: a JSON patch of too many operations.
+    pub fn too_many_operations(got: usize, max: usize) -> Self {
+        Self::new(
+            413,
+            "RequestEntityTooLarge",
+            format!("a JSON patch may hold at most {max} operations, got {got}"),
+        )
+    }
+
+    /// 422 without an object to blame: the request is well formed and does not fit what is stored.
+    pub fn unprocessable(message: impl Into<String>) -> Self {
+        let mut error = Self::new(422, "Invalid", message);
+        error.details = Some(Box::default());
+        error
+    }
+
     /// 415: the body's media type is not understood.
     pub fn unsupported_media_type(got: &str, accepted: &[&str]) -> Self {
         Self::new(

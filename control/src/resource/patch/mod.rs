@@ -1,12 +1,17 @@
 //! The four patch types. A patch is computed against one stored object and leaves no trace of its directives.
 
+mod apply;
+mod operations;
+mod schema;
+mod strategic;
+
 use serde_json::Value;
 
 use super::error::ApiError;
 use super::kinds::Kind;
+use super::object;
 
-/// Most operations that one JSON patch may hold.
-pub const JSON_PATCH_OPERATIONS_MAX: usize = 10_000;
+pub use operations::JSON_PATCH_OPERATIONS_MAX;
 
 /// How a PATCH body is to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,18 +48,49 @@ impl PatchType {
     }
 }
 
-/// Computes the patched object. `current` is the stored object (or the Scale of it, for `/scale`).
-pub fn apply_patch(_kind: &Kind, patch: PatchType, current: &Value, body: &[u8]) -> Result<Value, ApiError> {
-    let parsed: Value = serde_json::from_slice(body)
-        .map_err(|e| ApiError::bad_request(format!("the patch is not valid JSON: {e}")))?;
+/// Computes the patched object. `current` is the stored object, the Scale of it for `/scale`, or null for an apply
+/// that is to create. The result still has to pass [`prepare_update`](super::prepare_update) or
+/// [`prepare_create`](super::prepare_create), which refuse a changed name, kind or uid and a stale resourceVersion.
+///
+/// Errors: 400 for a body that is no such patch, 422 for a JSON patch whose operation does not fit the object.
+pub fn apply_patch(kind: &Kind, patch: PatchType, current: &Value, body: &[u8]) -> Result<Value, ApiError> {
+    let mut out = current.clone();
+    let schema =
+        if object::str_at(current, &["kind"]) == "Scale" { &schema::PLAIN } else { schema::of(kind) };
     match patch {
+        PatchType::Json => operations::run(&mut out, body)?,
         PatchType::Merge => {
-            let mut out = current.clone();
+            let parsed = parse(body)?;
+            if !parsed.is_object() {
+                return Err(ApiError::bad_request("a merge patch must be a JSON object"));
+            }
             json_patch::merge(&mut out, &parsed);
-            Ok(out)
         }
-        PatchType::Json | PatchType::Strategic | PatchType::Apply => {
-            Err(ApiError::unsupported_media_type("this patch type", &["application/merge-patch+json"]))
+        PatchType::Strategic => strategic::merge(&mut out, parse(body)?, schema)?,
+        PatchType::Apply => {
+            let parsed = parse(body).map_err(|e| {
+                ApiError::bad_request(format!(
+                    "server-side apply takes a JSON body here (a subset of YAML): {e}"
+                ))
+            })?;
+            for key in ["apiVersion", "kind"] {
+                if object::str_at(&parsed, &[key]).is_empty() {
+                    return Err(ApiError::bad_request(format!("an applied configuration must set {key}")));
+                }
+            }
+            apply::merge(&mut out, parsed, schema)?;
         }
     }
+    if !out.is_object() {
+        return Err(ApiError::bad_request("the patch does not leave an object"));
+    }
+    Ok(out)
 }
+
+fn parse(body: &[u8]) -> Result<Value, ApiError> {
+    serde_json::from_slice(body)
+        .map_err(|e| ApiError::bad_request(format!("the patch is not valid JSON: {e}")))
+}
+
+#[cfg(test)]
+mod tests;
