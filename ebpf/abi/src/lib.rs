@@ -1,2 +1,32 @@
-//! Byte layouts shared by programs and loader.
+//! Byte layouts shared by the eBPF programs and their loader. Invariant: every type here is `repr(C)`, has no
+//! implicit padding and a size that is asserted at compile time, so that the kernel, the programs and the agent
+//! (of this or of an older build) read the same bytes.
+//!
+//! Addresses are kept as 32-bit words exactly as they lie in a packet (network byte order in memory); IPv4
+//! addresses in 16-byte fields are IPv4-mapped (`::ffff:a.b.c.d`). Ports named `port` in map types are in network
+//! byte order too, so that a hook compares them with what the kernel hands it without swapping.
 #![no_std]
+
+mod address;
+mod config;
+mod counter;
+mod flow;
+mod layout;
+pub mod map;
+mod service;
+
+pub use address::{Address, MAPPED_WORD};
+pub use config::Config;
+pub use counter::{COUNTERS, Counter};
+pub use flow::{FLOW_CLOSING, Flow, FlowKey, ReverseEntry, ReverseKey, ReverseValue, flow_direction};
+pub use layout::Plain;
+pub use service::{Backend, Frontend, Frontend4Key, Frontend6Key, Slot, frontend_flag};
+
+/// Version of every layout in this crate. It is part of the pin path, so a change of any layout, map type or map
+/// flag means a new number and never a misread pinned map.
+pub const ABI_VERSION: u32 = 1;
+
+/// IPPROTO_TCP (IANA protocol numbers).
+pub const PROTO_TCP: u8 = 6;
+/// IPPROTO_UDP (IANA protocol numbers).
+pub const PROTO_UDP: u8 = 17;

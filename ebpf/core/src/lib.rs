@@ -1,2 +1,21 @@
-//! Packet and balancing logic.
+//! Packet and balancing logic. Invariant: nothing here touches the kernel; it sees maps, sockets and packets only
+//! through the traits of [`env`], so that the very code that runs in a hook is tested on the host.
+//!
+//! Everything is `#[inline(always)]`: the kernel's verifier wants one flat program a hook.
 #![no_std]
+
+pub mod checksum;
+pub mod env;
+pub mod nodeport;
+pub mod packet;
+pub mod resolve;
+pub mod reverse;
+pub mod select;
+
+#[cfg(test)]
+extern crate std;
+
+#[cfg(test)]
+pub mod golden;
+#[cfg(test)]
+mod host;

@@ -1,0 +1,53 @@
+//! One 16-byte form for both address families. Invariant: an IPv4 address is always IPv4-mapped here, so equality
+//! of the words is equality of the address.
+
+use crate::layout::plain;
+
+/// Third word of an IPv4-mapped IPv6 address (`::ffff:0:0`), in network byte order in memory.
+pub const MAPPED_WORD: u32 = 0x0000_ffff_u32.to_be();
+
+plain! {
+    /// An IPv6 or IPv4-mapped address, as four words in network byte order in memory.
+    pub struct Address = 16 {
+        /// The words, most significant first.
+        pub words: [u32; 4],
+    }
+}
+
+impl Address {
+    /// The IPv4 address whose packet bytes are `word`.
+    #[inline(always)]
+    pub const fn v4(word: u32) -> Self {
+        Self { words: [0, 0, MAPPED_WORD, word] }
+    }
+
+    /// The IPv6 (or already mapped) address whose packet bytes are `words`.
+    #[inline(always)]
+    pub const fn v6(words: [u32; 4]) -> Self {
+        Self { words }
+    }
+
+    /// The IPv4 word when the address is IPv4-mapped.
+    #[inline(always)]
+    pub const fn as_v4(&self) -> Option<u32> {
+        if self.words[0] == 0 && self.words[1] == 0 && self.words[2] == MAPPED_WORD {
+            Some(self.words[3])
+        } else {
+            None
+        }
+    }
+
+    /// Whether the address is in 127.0.0.0/8 or is `::1`.
+    #[inline(always)]
+    pub const fn is_loopback(&self) -> bool {
+        match self.as_v4() {
+            Some(word) => u32::from_be(word) >> 24 == 127,
+            None => {
+                self.words[0] == 0
+                    && self.words[1] == 0
+                    && self.words[2] == 0
+                    && self.words[3] == 1_u32.to_be()
+            }
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! The maps. Invariant: the name here is the name in the object, in the pin directory and in `bpftool map`; the
+//! kernel keeps 15 characters of it.
+
+/// IPv4 frontends: [`crate::Frontend4Key`] → [`crate::Frontend`].
+pub const FRONTENDS4: &str = "shv_frontends4";
+/// IPv6 frontends: [`crate::Frontend6Key`] → [`crate::Frontend`].
+pub const FRONTENDS6: &str = "shv_frontends6";
+/// Flat array of [`crate::Slot`].
+pub const SLOTS: &str = "shv_slots";
+/// Backend id → [`crate::Backend`].
+pub const BACKENDS: &str = "shv_backends";
+/// Socket storage of [`crate::ReverseEntry`].
+pub const REVERSE_SK: &str = "shv_reverse_sk";
+/// LRU [`crate::ReverseKey`] → [`crate::ReverseValue`].
+pub const REVERSE_LRU: &str = "shv_reverse";
+/// LRU [`crate::FlowKey`] → [`crate::Flow`].
+pub const FLOWS: &str = "shv_flows";
+/// Addresses of this node: [`crate::Address`] → 1 (u32).
+pub const NODE_ADDRS: &str = "shv_node_addrs";
+/// Array of one [`crate::Config`].
+pub const CONFIG: &str = "shv_config";
+/// Per-CPU array of u64, indexed by [`crate::Counter`].
+pub const COUNTERS: &str = "shv_counters";
+
+/// Every pinned map.
+pub const ALL: &[&str] =
+    &[FRONTENDS4, FRONTENDS6, SLOTS, BACKENDS, REVERSE_SK, REVERSE_LRU, FLOWS, NODE_ADDRS, CONFIG, COUNTERS];
+
+/// Frontends a family (entries, allocated as they come: a NodePort service takes two).
+pub const FRONTENDS_MAX: usize = 262_144;
+/// Slots in all runs together (8 bytes each, allocated at once).
+pub const SLOTS_MAX: usize = 524_288;
+/// Backends (entries, allocated as they come).
+pub const BACKENDS_MAX: usize = 262_144;
+/// Reverse entries outside socket storage.
+pub const REVERSE_MAX: usize = 32_768;
+/// NodePort flows, two entries a flow.
+pub const FLOWS_MAX: usize = 65_536;
+/// Addresses of one node.
+pub const NODE_ADDRS_MAX: usize = 1_024;
+/// Room for reasons; more than there are, so that a new one needs no new map.
+pub const COUNTERS_MAX: usize = 64;

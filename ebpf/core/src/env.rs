@@ -1,0 +1,68 @@
+//! The borders of the logic. Invariant: every method is one map operation, one helper or one packet access, and
+//! decides nothing.
+
+use sheave_ebpf_abi::{
+    Address, Backend, Config, Counter, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, ReverseEntry,
+    ReverseKey, ReverseValue, Slot,
+};
+
+/// The service table as a program reads it. Every getter returns a copy that was read once.
+pub trait Table {
+    /// The frontend of an IPv4 destination.
+    fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend>;
+    /// The frontend of an IPv6 destination.
+    fn frontend6(&self, key: &Frontend6Key) -> Option<Frontend>;
+    /// One slot of the flat array.
+    fn slot(&self, index: u32) -> Option<Slot>;
+    /// A backend by id.
+    fn backend(&self, id: u32) -> Option<Backend>;
+    /// Whether the address belongs to this node (loopback does not count).
+    fn is_node_address(&self, address: &Address) -> bool;
+    /// The node's settings.
+    fn config(&self) -> Option<Config>;
+    /// Adds one to a reason.
+    fn count(&self, counter: Counter);
+}
+
+/// Facts about the calling socket, and its memory of translations.
+pub trait Socket {
+    /// Whether the socket lives in the node's own network namespace.
+    fn in_node_netns(&self, config: &Config) -> bool;
+    /// The socket's cookie, unique while the kernel runs.
+    fn cookie(&self) -> u64;
+    /// The entry in the socket's own storage.
+    fn stored(&self) -> Option<ReverseEntry>;
+    /// Writes the socket's own storage; false when the kernel has no memory for it.
+    fn store(&self, entry: &ReverseEntry) -> bool;
+    /// An entry of the shared LRU.
+    fn reverse(&self, key: &ReverseKey) -> Option<ReverseValue>;
+    /// Writes an entry of the shared LRU; false when the kernel refused.
+    fn set_reverse(&self, key: &ReverseKey, value: &ReverseValue) -> bool;
+}
+
+/// The NodePort flow table.
+pub trait Flows {
+    /// Looks a flow up and leaves it as it is.
+    fn flow(&self, key: &FlowKey) -> Option<Flow>;
+    /// Looks a flow up and, when there is one, notes that it was seen `now_s` and, with `closing`, that it ends.
+    fn seen(&self, key: &FlowKey, now_s: u32, closing: bool) -> Option<Flow>;
+    /// Writes a flow; false when the kernel refused.
+    fn put(&self, key: &FlowKey, flow: &Flow) -> bool;
+    /// Seconds of the kernel's monotonic clock.
+    fn now_s(&self) -> u32;
+}
+
+/// A packet whose bytes are read and written at offsets from its first byte.
+pub trait Packet {
+    /// EtherType in host order, as the device reported it (without VLAN tags).
+    fn ether_type(&self) -> u16;
+    /// `N` bytes at `offset`; `None` past the end.
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+    /// Writes bytes. `sums` tells that no other write of this rewrite makes up for the change in the packet's sum.
+    fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], sums: bool) -> bool;
+    /// Corrects the IPv4 header checksum at `offset` by `diff` (see [`crate::checksum`]).
+    fn fix_l3(&mut self, offset: u32, diff: u32) -> bool;
+    /// Corrects the TCP or UDP checksum at `offset` by `diff`. `pseudo`: the change is in the pseudo header.
+    /// `zero_is_none`: a checksum of zero means that there is none (UDP), and must not come out of a correction.
+    fn fix_l4(&mut self, offset: u32, diff: u32, pseudo: bool, zero_is_none: bool) -> bool;
+}

@@ -1,0 +1,408 @@
+//! A pretended kernel for the tests. Invariant: it behaves as the maps and helpers do, including the recycled
+//! elements that a reader may meet.
+
+use crate::env::{Flows, Packet, Socket, Table};
+use crate::golden::{self, Frame, Hook, L4, PLACES};
+use crate::resolve::{Destination, Resolution, resolve};
+use crate::{checksum, nodeport, reverse};
+use sheave_ebpf_abi::*;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::vec::Vec;
+
+#[derive(Default)]
+struct Kernel {
+    frontends4: HashMap<Frontend4Key, Frontend>,
+    frontends6: HashMap<Frontend6Key, Frontend>,
+    slots: Vec<Slot>,
+    backends: HashMap<u32, Backend>,
+    node: Vec<Address>,
+    counters: RefCell<HashMap<Counter, u64>>,
+    flows: RefCell<HashMap<FlowKey, Flow>>,
+    stored: RefCell<Option<ReverseEntry>>,
+    lru: RefCell<HashMap<ReverseKey, ReverseValue>>,
+    now_s: Cell<u32>,
+    host_socket: bool,
+    no_storage: bool,
+    flips: RefCell<Vec<(Frontend4Key, Frontend)>>,
+}
+
+fn address(ip: &str) -> Address {
+    match ip.parse::<IpAddr>().unwrap() {
+        IpAddr::V4(a) => Address::v4(u32::from_ne_bytes(a.octets())),
+        IpAddr::V6(a) => {
+            let o = a.octets();
+            let w = |i: usize| u32::from_ne_bytes([o[i], o[i + 1], o[i + 2], o[i + 3]]);
+            Address::v6([w(0), w(4), w(8), w(12)])
+        }
+    }
+}
+
+fn to(ip: &str, port: u16, proto: u8) -> Destination {
+    Destination { addr: address(ip), port: port.to_be(), proto }
+}
+
+impl Kernel {
+    /// Adds a service port with endpoints `(address, local)`, all ready, local ones first.
+    fn add(&mut self, service: u32, at: &[(&str, u16)], proto: u8, flags: u32, endpoints: &[(&str, bool)]) {
+        let base = self.slots.len() as u32;
+        for (ip, _) in endpoints {
+            let id = self.backends.len() as u32 + 1;
+            let port = golden::PORT_POD.to_be();
+            self.backends.insert(id, Backend { addr: address(ip), id, port, proto, flags: 0 });
+            self.slots.push(Slot { backend: id, service });
+        }
+        let local = endpoints.iter().filter(|e| e.1).count() as u16;
+        let value = Frontend {
+            service,
+            base,
+            local_ready: local,
+            remote_ready: endpoints.len() as u16 - local,
+            flags,
+            ..Frontend::zeroed()
+        };
+        for (ip, port) in at {
+            let port = port.to_be();
+            match address(ip).as_v4() {
+                Some(addr) => self.frontends4.insert(Frontend4Key { addr, port, proto, pad: 0 }, value),
+                None => self
+                    .frontends6
+                    .insert(Frontend6Key { addr: address(ip).words, port, proto, pad: 0 }, value),
+            };
+        }
+    }
+
+    fn counted(&self, counter: Counter) -> u64 {
+        self.counters.borrow().get(&counter).copied().unwrap_or(0)
+    }
+
+    fn resolve(&self, d: &Destination, entropy: u32) -> Resolution {
+        let config = self.config().unwrap();
+        resolve(self, d, || self.in_node_netns(&config), entropy)
+    }
+}
+
+impl Table for Kernel {
+    fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
+        let mut flips = self.flips.borrow_mut();
+        if let Some(at) = flips.iter().position(|(k, _)| k == key) {
+            return Some(flips.remove(at).1);
+        }
+        self.frontends4.get(key).copied()
+    }
+    fn frontend6(&self, key: &Frontend6Key) -> Option<Frontend> {
+        self.frontends6.get(key).copied()
+    }
+    fn slot(&self, index: u32) -> Option<Slot> {
+        self.slots.get(index as usize).copied()
+    }
+    fn backend(&self, id: u32) -> Option<Backend> {
+        self.backends.get(&id).copied()
+    }
+    fn is_node_address(&self, address: &Address) -> bool {
+        self.node.contains(address)
+    }
+    fn config(&self) -> Option<Config> {
+        Some(Config {
+            node_netns_cookie: 1,
+            object_digest: 0,
+            node_port_min: 30_000,
+            node_port_max: 32_767,
+            pad: 0,
+        })
+    }
+    fn count(&self, counter: Counter) {
+        *self.counters.borrow_mut().entry(counter).or_default() += 1;
+    }
+}
+
+impl Socket for Kernel {
+    fn in_node_netns(&self, _: &Config) -> bool {
+        self.host_socket
+    }
+    fn cookie(&self) -> u64 {
+        0x1_0000_0002
+    }
+    fn stored(&self) -> Option<ReverseEntry> {
+        *self.stored.borrow()
+    }
+    fn store(&self, entry: &ReverseEntry) -> bool {
+        if !self.no_storage {
+            *self.stored.borrow_mut() = Some(*entry);
+        }
+        !self.no_storage
+    }
+    fn reverse(&self, key: &ReverseKey) -> Option<ReverseValue> {
+        self.lru.borrow().get(key).copied()
+    }
+    fn set_reverse(&self, key: &ReverseKey, value: &ReverseValue) -> bool {
+        self.lru.borrow_mut().insert(*key, *value);
+        true
+    }
+}
+
+impl Flows for Kernel {
+    fn flow(&self, key: &FlowKey) -> Option<Flow> {
+        self.flows.borrow().get(key).copied()
+    }
+    fn seen(&self, key: &FlowKey, now_s: u32, closing: bool) -> Option<Flow> {
+        let mut flows = self.flows.borrow_mut();
+        let flow = flows.get_mut(key)?;
+        let before = *flow;
+        flow.seen_s = now_s;
+        flow.flags |= if closing { FLOW_CLOSING } else { 0 };
+        Some(before)
+    }
+    fn put(&self, key: &FlowKey, flow: &Flow) -> bool {
+        self.flows.borrow_mut().insert(*key, *flow);
+        true
+    }
+    fn now_s(&self) -> u32 {
+        self.now_s.get()
+    }
+}
+
+struct Bytes(Vec<u8>);
+
+impl Bytes {
+    fn check(&mut self, offset: u32, f: impl FnOnce(u16) -> u16) -> bool {
+        let Some([a, b]) = self.load::<2>(offset) else { return false };
+        self.store::<2>(offset, f(u16::from_ne_bytes([a, b])).to_ne_bytes(), false)
+    }
+}
+
+impl Packet for Bytes {
+    fn ether_type(&self) -> u16 {
+        u16::from_be_bytes([self.0[12], self.0[13]])
+    }
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        self.0.get(offset as usize..offset as usize + N)?.try_into().ok()
+    }
+    fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], _: bool) -> bool {
+        match self.0.get_mut(offset as usize..offset as usize + N) {
+            Some(place) => {
+                place.copy_from_slice(&bytes);
+                true
+            }
+            None => false,
+        }
+    }
+    fn fix_l3(&mut self, offset: u32, diff: u32) -> bool {
+        self.check(offset, |old| checksum::apply(old, diff))
+    }
+    fn fix_l4(&mut self, offset: u32, diff: u32, _: bool, zero_is_none: bool) -> bool {
+        self.check(offset, |old| match (old, zero_is_none) {
+            (0, true) => 0,
+            (old, zero_is_none) => match checksum::apply(old, diff) {
+                0 if zero_is_none => 0xffff,
+                new => new,
+            },
+        })
+    }
+}
+
+fn golden_kernel() -> Kernel {
+    let mut kernel = Kernel::default();
+    for (n, place) in PLACES.iter().enumerate() {
+        kernel.node.push(address(place.node));
+        let any = if n == 0 { "0.0.0.0" } else { "::" };
+        let id = 10 * (n as u32 + 1);
+        for (offset, proto) in [(0, PROTO_TCP), (5, PROTO_UDP)] {
+            let id = id + offset;
+            let flags = frontend_flag::NODE_PORT;
+            kernel.add(id, &[(any, golden::PORT_LOCAL)], proto, flags, &[(place.pod, true)]);
+            kernel.add(id + 1, &[(any, golden::PORT_SAME_POD)], proto, flags, &[(place.pod, true)]);
+            kernel.add(id + 2, &[(any, golden::PORT_REMOTE)], proto, flags, &[(place.pod, false)]);
+            kernel.add(id + 3, &[(any, golden::PORT_EMPTY)], proto, flags, &[]);
+        }
+    }
+    kernel
+}
+
+#[test]
+fn golden_conversations() {
+    let kernel = golden_kernel();
+    for place in &PLACES {
+        for step in golden::conversation(place) {
+            let mut packet = Bytes(step.input.clone());
+            let verdict = match step.hook {
+                Hook::Ingress => nodeport::ingress(&mut packet, &kernel),
+                Hook::Egress => nodeport::egress(&mut packet, &kernel),
+            };
+            match step.output {
+                Some(expected) => {
+                    assert_eq!(verdict, nodeport::Verdict::Pass, "{}", step.name);
+                    assert_eq!(packet.0, expected, "{}", step.name);
+                }
+                None => assert_eq!(verdict, nodeport::Verdict::Drop, "{}", step.name),
+            }
+        }
+    }
+    assert_eq!(kernel.counted(Counter::NodePortNoLocalEndpoints), 2);
+    assert_eq!(kernel.counted(Counter::NodePortNoEndpoints), 2);
+    assert_eq!(kernel.counted(Counter::FlowCollision), 2);
+    assert_eq!(kernel.counted(Counter::Fragment), 1);
+    assert_eq!(kernel.counted(Counter::RewriteFailed), 0);
+}
+
+#[test]
+fn truncated_frames_never_panic_and_pass_unchanged() {
+    let kernel = golden_kernel();
+    for place in &PLACES {
+        for options in 0..4 {
+            let frame =
+                Frame { options, ..Frame::new((place.client, 5), (place.node, 30080), L4::Tcp(golden::SYN)) };
+            let bytes = frame.bytes();
+            let l4_len = bytes.len() - 23;
+            // Up to the TCP flags; what follows is payload and checksum to be fixed or a failed rewrite.
+            for cut in 14..l4_len - 6 {
+                let mut packet = Bytes(bytes[..cut].to_vec());
+                assert_eq!(nodeport::ingress(&mut packet, &kernel), nodeport::Verdict::Pass, "{cut}");
+                assert_eq!(packet.0, bytes[..cut]);
+            }
+        }
+    }
+}
+
+proptest::proptest! {
+    #[test]
+    fn junk_never_panics(mut junk in proptest::collection::vec(proptest::prelude::any::<u8>(), 14..120), v6: bool) {
+        let kernel = golden_kernel();
+        junk[12..14].copy_from_slice(if v6 { &[0x86, 0xdd] } else { &[0x08, 0x00] });
+        nodeport::ingress(&mut Bytes(junk.clone()), &kernel);
+        nodeport::egress(&mut Bytes(junk), &kernel);
+    }
+}
+
+#[test]
+fn a_flow_outlives_its_backend_until_it_is_opened_anew() {
+    let mut kernel = golden_kernel();
+    let p = &PLACES[0];
+    let send = |kernel: &Kernel, flags| {
+        let mut packet = Bytes(Frame::new((p.client, 7), (p.node, 30080), L4::Tcp(flags)).bytes());
+        assert_eq!(nodeport::ingress(&mut packet, kernel), nodeport::Verdict::Pass);
+        packet.load::<4>(30).unwrap()
+    };
+    assert_eq!(send(&kernel, golden::SYN), [10, 244, 0, 5]);
+    let old = kernel.slots[0].backend;
+    kernel.backends.remove(&old);
+    kernel.backends.insert(
+        99,
+        Backend { addr: address("10.244.0.9"), id: 99, port: 8080_u16.to_be(), proto: PROTO_TCP, flags: 0 },
+    );
+    kernel.slots[0].backend = 99;
+    assert_eq!(send(&kernel, golden::ACK), [10, 244, 0, 5]);
+    assert_eq!(send(&kernel, golden::SYN), [10, 244, 0, 9]);
+}
+
+#[test]
+fn an_evicted_reply_entry_comes_back_with_the_next_packet() {
+    let kernel = golden_kernel();
+    let p = &PLACES[0];
+    let there = Frame::new((p.client, 7), (p.node, 30080), L4::Tcp(golden::ACK)).bytes();
+    nodeport::ingress(&mut Bytes(there.clone()), &kernel);
+    kernel.flows.borrow_mut().retain(|k, _| k.direction == flow_direction::FORWARD);
+    nodeport::ingress(&mut Bytes(there), &kernel);
+    let mut answer = Bytes(Frame::new((p.pod, 8080), (p.client, 7), L4::Tcp(golden::ACK)).bytes());
+    nodeport::egress(&mut answer, &kernel);
+    assert_eq!(answer.0, Frame::new((p.node, 30080), (p.client, 7), L4::Tcp(golden::ACK)).bytes());
+}
+
+#[test]
+fn an_idle_tuple_is_taken_over() {
+    let kernel = golden_kernel();
+    let p = &PLACES[0];
+    let udp = |port| Frame::new((p.client, 9), (p.node, port), L4::Udp).bytes();
+    kernel.now_s.set(1000);
+    assert_eq!(nodeport::ingress(&mut Bytes(udp(30080)), &kernel), nodeport::Verdict::Pass);
+    kernel.now_s.set(1000 + nodeport::TAKE_OVER_IDLE_S - 1);
+    assert_eq!(nodeport::ingress(&mut Bytes(udp(30082)), &kernel), nodeport::Verdict::Drop);
+    kernel.now_s.set(1000 + nodeport::TAKE_OVER_IDLE_S);
+    assert_eq!(nodeport::ingress(&mut Bytes(udp(30082)), &kernel), nodeport::Verdict::Pass);
+}
+
+fn balanced() -> Kernel {
+    let mut kernel = Kernel::default();
+    kernel.node.push(address("192.0.2.1"));
+    kernel.add(1, &[("10.96.0.1", 80)], PROTO_TCP, 0, &[("10.244.0.1", true), ("10.244.0.2", false)]);
+    kernel.add(2, &[("0.0.0.0", 30080)], PROTO_TCP, frontend_flag::NODE_PORT, &[("10.244.0.3", true)]);
+    kernel.add(3, &[("10.96.0.3", 80)], PROTO_TCP, 0, &[]);
+    kernel.add(4, &[("fd00:96::1", 80)], PROTO_UDP, 0, &[("fd00:244::1", true)]);
+    let local = frontend_flag::INTERNAL_LOCAL;
+    kernel.add(5, &[("10.96.0.5", 80)], PROTO_TCP, local, &[("10.244.0.5", true), ("10.244.0.6", false)]);
+    kernel
+}
+
+fn backend(resolution: Resolution) -> Address {
+    match resolution {
+        Resolution::To(backend, _) => backend.addr,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn resolution_by_address_port_and_protocol() {
+    let kernel = balanced();
+    let vip = to("10.96.0.1", 80, PROTO_TCP);
+    assert_eq!(backend(kernel.resolve(&vip, 0)), address("10.244.0.1"));
+    assert_eq!(backend(kernel.resolve(&vip, u32::MAX)), address("10.244.0.2"));
+    assert_eq!(backend(kernel.resolve(&to("fd00:96::1", 80, PROTO_UDP), 5)), address("fd00:244::1"));
+    for miss in
+        [to("10.96.0.1", 81, PROTO_TCP), to("10.96.0.1", 80, PROTO_UDP), to("10.96.0.9", 80, PROTO_TCP)]
+    {
+        assert_eq!(kernel.resolve(&miss, 0), Resolution::NotService);
+    }
+    assert_eq!(kernel.resolve(&to("10.96.0.3", 80, PROTO_TCP), 0), Resolution::NoEndpoints);
+    let local_only = to("10.96.0.5", 80, PROTO_TCP);
+    assert_eq!(backend(kernel.resolve(&local_only, u32::MAX)), address("10.244.0.5"));
+}
+
+#[test]
+fn node_ports_match_node_addresses_only_and_loopback_only_on_the_node() {
+    let mut kernel = balanced();
+    let at = |kernel: &Kernel, ip| kernel.resolve(&to(ip, 30080, PROTO_TCP), 0);
+    assert_eq!(backend(at(&kernel, "192.0.2.1")), address("10.244.0.3"));
+    assert_eq!(at(&kernel, "192.0.2.2"), Resolution::NotService);
+    assert_eq!(at(&kernel, "127.0.0.1"), Resolution::NotService);
+    kernel.host_socket = true;
+    assert_eq!(backend(at(&kernel, "127.0.0.1")), address("10.244.0.3"));
+    assert_eq!(backend(at(&kernel, "127.8.9.1")), address("10.244.0.3"));
+}
+
+#[test]
+fn a_flip_under_the_reader_is_retried() {
+    let kernel = balanced();
+    let key =
+        Frontend4Key { addr: address("10.96.0.1").words[3], port: 80_u16.to_be(), proto: PROTO_TCP, pad: 0 };
+    // The reader holds a value whose run was given to another service meanwhile.
+    let stale = Frontend { base: 2, local_ready: 1, remote_ready: 0, ..kernel.frontends4[&key] };
+    kernel.flips.borrow_mut().push((key, stale));
+    assert_eq!(backend(kernel.resolve(&to("10.96.0.1", 80, PROTO_TCP), 0)), address("10.244.0.1"));
+    assert_eq!(kernel.counted(Counter::SlotRetry), 1);
+    kernel.flips.borrow_mut().extend([(key, stale), (key, stale)]);
+    assert_eq!(kernel.resolve(&to("10.96.0.1", 80, PROTO_TCP), 0), Resolution::Stale);
+}
+
+#[test]
+fn sockets_remember_whom_they_asked() {
+    let mut kernel = balanced();
+    for no_storage in [false, true] {
+        kernel.no_storage = no_storage;
+        *kernel.stored.borrow_mut() = None;
+        let one = to("10.96.0.1", 80, PROTO_UDP);
+        let two = to("10.96.0.2", 53, PROTO_UDP);
+        let b = |ip, id| Backend { addr: address(ip), id, port: 9_u16.to_be(), proto: PROTO_UDP, flags: 0 };
+        assert!(reverse::remember_datagram(&kernel, &one, &b("10.244.0.1", 1), 1));
+        assert!(reverse::remember_datagram(&kernel, &two, &b("10.244.0.2", 2), 2));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((one.addr, one.port)));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 9, PROTO_UDP)), Some((two.addr, two.port)));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 10, PROTO_UDP)), None);
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.3", 9, PROTO_UDP)), None);
+        // The same backend through another service: the last one that was asked.
+        assert!(reverse::remember_datagram(&kernel, &two, &b("10.244.0.1", 1), 2));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((two.addr, two.port)));
+        assert!(reverse::remember_peer(&kernel, &one, &b("10.244.0.9", 9), 1));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.9", 9, PROTO_UDP)), Some((one.addr, one.port)));
+    }
+}

@@ -1,0 +1,78 @@
+//! What a socket remembers of its translations. Invariant: an entry names the backend that it is for, so an answer
+//! from anybody else is shown as what it is.
+
+use crate::env::Socket;
+use crate::resolve::Destination;
+use sheave_ebpf_abi::{Address, Backend, ReverseEntry, ReverseKey, ReverseValue};
+
+#[inline(always)]
+fn lru_key(cookie: u64, addr: &Address, port: u16, proto: u8) -> ReverseKey {
+    ReverseKey { cookie: [cookie as u32, (cookie >> 32) as u32], backend: *addr, port, proto, pad: 0 }
+}
+
+#[inline(always)]
+fn entry(asked: &Destination, backend: &Backend, service_id: u32) -> ReverseEntry {
+    ReverseEntry {
+        backend: backend.addr,
+        service: asked.addr,
+        backend_port: backend.port,
+        service_port: asked.port,
+        service_id,
+    }
+}
+
+/// Remembers a connection: the socket has one peer, so its storage always holds it. False when the kernel has no
+/// memory left for it in either place.
+#[inline(always)]
+pub fn remember_peer<S: Socket>(socket: &S, asked: &Destination, backend: &Backend, service_id: u32) -> bool {
+    if socket.store(&entry(asked, backend, service_id)) {
+        return true;
+    }
+    remember_in_lru(socket, asked, backend, service_id)
+}
+
+/// Remembers one datagram: the storage keeps one backend, further ones of the same socket go to the LRU.
+#[inline(always)]
+pub fn remember_datagram<S: Socket>(
+    socket: &S,
+    asked: &Destination,
+    backend: &Backend,
+    service_id: u32,
+) -> bool {
+    let new = entry(asked, backend, service_id);
+    match socket.stored() {
+        Some(held) if held == new => true,
+        Some(held) if held.backend != new.backend || held.backend_port != new.backend_port => {
+            remember_in_lru(socket, asked, backend, service_id)
+        }
+        _ => {
+            if socket.store(&new) {
+                return true;
+            }
+            remember_in_lru(socket, asked, backend, service_id)
+        }
+    }
+}
+
+#[inline(always)]
+fn remember_in_lru<S: Socket>(socket: &S, asked: &Destination, backend: &Backend, service_id: u32) -> bool {
+    let key = lru_key(socket.cookie(), &backend.addr, backend.port, asked.proto);
+    let value = ReverseValue { service: asked.addr, service_id, port: asked.port, pad: 0 };
+    if socket.reverse(&key) == Some(value) {
+        return true;
+    }
+    socket.set_reverse(&key, &value)
+}
+
+/// What the program asked for when it now hears of `peer`; `None` when `peer` is not a backend of this socket.
+#[inline(always)]
+pub fn recall<S: Socket>(socket: &S, peer: &Destination) -> Option<(Address, u16)> {
+    if let Some(held) = socket.stored()
+        && held.backend == peer.addr
+        && held.backend_port == peer.port
+    {
+        return Some((held.service, held.service_port));
+    }
+    let value = socket.reverse(&lru_key(socket.cookie(), &peer.addr, peer.port, peer.proto))?;
+    Some((value.service, value.port))
+}

@@ -1,0 +1,118 @@
+//! The maps and how the core reads them. Invariant: a value is copied out of its map by one volatile read, so the
+//! core judges the same bytes that it uses even when the element is recycled meanwhile.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    macros::btf_map,
+};
+use core::mem::MaybeUninit;
+use core::ptr::{read_volatile, write_volatile};
+use sheave_ebpf_abi::{
+    Address, Backend, Config, Counter, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, Plain,
+    ReverseEntry, ReverseKey, ReverseValue, Slot, map,
+};
+use sheave_ebpf_core::env::Table;
+
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map(name = "shv_frontends4")]
+static FRONTENDS4: HashMap<Frontend4Key, Frontend, { map::FRONTENDS_MAX }, ON_DEMAND> = HashMap::new();
+#[btf_map(name = "shv_frontends6")]
+static FRONTENDS6: HashMap<Frontend6Key, Frontend, { map::FRONTENDS_MAX }, ON_DEMAND> = HashMap::new();
+#[btf_map(name = "shv_slots")]
+static SLOTS: Array<Slot, { map::SLOTS_MAX }> = Array::new();
+#[btf_map(name = "shv_backends")]
+static BACKENDS: HashMap<u32, Backend, { map::BACKENDS_MAX }, ON_DEMAND> = HashMap::new();
+#[btf_map(name = "shv_reverse_sk")]
+pub static REVERSE_SK: SkStorage<ReverseEntry> = SkStorage::new();
+#[btf_map(name = "shv_reverse")]
+pub static REVERSE_LRU: LruHashMap<ReverseKey, ReverseValue, { map::REVERSE_MAX }> = LruHashMap::new();
+#[btf_map(name = "shv_flows")]
+pub static FLOWS: LruHashMap<FlowKey, Flow, { map::FLOWS_MAX }> = LruHashMap::new();
+#[btf_map(name = "shv_node_addrs")]
+static NODE_ADDRS: HashMap<Address, u32, { map::NODE_ADDRS_MAX }, ON_DEMAND> = HashMap::new();
+#[btf_map(name = "shv_config")]
+static CONFIG: Array<Config, 1> = Array::new();
+#[btf_map(name = "shv_counters")]
+static COUNTERS: PerCpuArray<u64, { map::COUNTERS_MAX }> = PerCpuArray::new();
+
+/// Copies a map value, reading every word of it exactly once.
+///
+/// Word by word, since LLVM 22 crashes on a volatile copy of a whole struct for this target.
+#[inline(always)]
+pub fn copy<T: Plain>(value: *const T) -> T {
+    const { assert!(size_of::<T>() % 4 == 0 && align_of::<T>() >= 4) };
+    let mut out = MaybeUninit::<T>::uninit();
+    let from = value.cast::<u32>();
+    let into = out.as_mut_ptr().cast::<u32>();
+    let mut word = 0;
+    while word < size_of::<T>() / 4 {
+        // SAFETY: `value` came from a map lookup of this program run: the kernel keeps the element's memory readable
+        // until the program ends. Both places hold size_of::<T>() bytes aligned to 4.
+        unsafe { into.add(word).write(read_volatile(from.add(word))) };
+        word += 1;
+    }
+    // SAFETY: all bytes were written, and every bit pattern of a plain type is valid.
+    unsafe { out.assume_init() }
+}
+
+/// Writes a map value in place, word by word as [`copy`] does.
+#[inline(always)]
+pub fn replace<T: Plain>(place: *mut T, value: &T) {
+    const { assert!(size_of::<T>() % 4 == 0 && align_of::<T>() >= 4) };
+    let from = core::ptr::from_ref(value).cast::<u32>();
+    let into = place.cast::<u32>();
+    let mut word = 0;
+    while word < size_of::<T>() / 4 {
+        // SAFETY: `place` came from a lookup of this program run and stays writable until the program ends; both
+        // places hold size_of::<T>() bytes aligned to 4.
+        unsafe { write_volatile(into.add(word), from.add(word).read()) };
+        word += 1;
+    }
+}
+
+/// The pinned maps.
+#[derive(Clone, Copy)]
+pub struct Maps;
+
+impl Table for Maps {
+    #[inline(always)]
+    fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
+        FRONTENDS4.get_ptr(key).map(copy)
+    }
+
+    #[inline(always)]
+    fn frontend6(&self, key: &Frontend6Key) -> Option<Frontend> {
+        FRONTENDS6.get_ptr(key).map(copy)
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<Slot> {
+        SLOTS.get_ptr(index).map(copy)
+    }
+
+    #[inline(always)]
+    fn backend(&self, id: u32) -> Option<Backend> {
+        BACKENDS.get_ptr(id).map(copy)
+    }
+
+    #[inline(always)]
+    fn is_node_address(&self, address: &Address) -> bool {
+        NODE_ADDRS.get_ptr(address).is_some()
+    }
+
+    #[inline(always)]
+    fn config(&self) -> Option<Config> {
+        CONFIG.get_ptr(0).map(copy)
+    }
+
+    #[inline(always)]
+    fn count(&self, counter: Counter) {
+        if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+            // SAFETY: the element belongs to this CPU and a program is not preempted by another on it that counts
+            // the same reason but in rare cases, where a count may be lost and nothing else.
+            unsafe { *value = (*value).wrapping_add(1) };
+        }
+    }
+}

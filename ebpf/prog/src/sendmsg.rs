@@ -1,0 +1,38 @@
+//! sendmsg(2) with an address on an unconnected socket. Invariant: the address is replaced only after the
+//! translation is remembered.
+
+use crate::maps::Maps;
+use crate::sock::{ALLOW, Call, refuse_unremembered};
+use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use sheave_ebpf_abi::{Address, Counter};
+use sheave_ebpf_core::env::Table as _;
+use sheave_ebpf_core::resolve::Destination;
+use sheave_ebpf_core::reverse;
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn shv_sendmsg4(ctx: SockAddrContext) -> i32 {
+    let call = Call::new(&ctx);
+    send(&call, call.address4(), |addr, port| call.set4(addr, port))
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn shv_sendmsg6(ctx: SockAddrContext) -> i32 {
+    let call = Call::new(&ctx);
+    send(&call, call.address6(), |addr, port| call.set6(addr, port))
+}
+
+#[inline(always)]
+fn send(call: &Call<'_>, asked: Option<Destination>, set: impl Fn(&Address, u16) -> bool) -> i32 {
+    let Some(asked) = asked else { return ALLOW };
+    let (backend, service) = match call.resolve(&asked, Counter::SendmsgNoEndpoints) {
+        Ok(found) => found,
+        Err(verdict) => return verdict,
+    };
+    if !reverse::remember_datagram(call, &asked, &backend, service) {
+        return refuse_unremembered();
+    }
+    if set(&backend.addr, backend.port) {
+        Maps.count(Counter::Sendmsg);
+    }
+    ALLOW
+}
