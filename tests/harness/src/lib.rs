@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod isolate;
 pub mod netns;
+pub mod node;
 pub mod report;
 pub mod wait;
 
@@ -15,6 +16,7 @@ mod selftest;
 pub use cgroup::Cgroup;
 pub use isolate::isolated;
 pub use netns::NetNs;
+pub use node::Node;
 pub use report::skip;
 pub use wait::{wait_for, wait_until};
 
