@@ -1,1 +1,111 @@
-//! Ring vm: other kernels, in virtual machines.
+//! Ring vm: the netns suite's `service_…`, `runtime_…` and `kernel_…` tests on other kernels (the oldest that is
+//! promised, and the newest that Debian has; pure cgroup v2). One boot a kernel; each test that ran in a guest is
+//! reported here under `<kernel>::<its name>`, in the words of an ordinary test program, so that it is counted.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, ExitCode, Stdio};
+
+const KERNELS: [&str; 2] = ["6.1", "6.12"];
+
+/// Which tests of the netns suite say something about a kernel.
+const SUBJECTS: [&str; 3] = ["kernel_", "runtime_", "service_"];
+
+/// Where tests report that they skipped themselves.
+const SKIP_FILE: &str = "SHEAVE_SKIP_FILE";
+
+fn main() -> ExitCode {
+    let mut filters = Vec::new();
+    for arg in std::env::args().skip(1) {
+        match arg.as_str() {
+            "--list" => {
+                KERNELS.iter().for_each(|kernel| println!("{kernel}: test"));
+                return ExitCode::SUCCESS;
+            }
+            // Other flags of test programs make no difference here.
+            flag if flag.starts_with('-') => {}
+            filter => filters.push(filter.to_owned()),
+        }
+    }
+    let kernels: Vec<_> = KERNELS.iter().filter_map(|kernel| wanted(kernel, &filters).map(|f| (*kernel, f))).collect();
+    println!("\nrunning the netns suite in {} guests", kernels.len());
+    let (mut passed, mut failed) = (0, 0);
+    for (kernel, filters) in kernels {
+        let run = Run::of(kernel, &filters);
+        passed += run.verdicts.values().filter(|ok| **ok).count();
+        failed += run.verdicts.values().filter(|ok| !**ok).count();
+    }
+    let word = if failed == 0 { "ok" } else { "FAILED" };
+    println!("\ntest result: {word}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// What to ask `kernel`'s guest for: a filter may name a kernel, a test, or `<kernel>::<test>`.
+fn wanted(kernel: &str, filters: &[String]) -> Option<Vec<String>> {
+    let all = || SUBJECTS.iter().map(|s| (*s).to_owned()).collect();
+    if filters.is_empty() || filters.iter().any(|f| f == kernel) {
+        return Some(all());
+    }
+    let of_kernel = |filter: &String| match filter.split_once("::") {
+        Some((first, rest)) if first == kernel => Some(rest.to_owned()),
+        Some((first, _)) if KERNELS.contains(&first) => None,
+        _ => Some(filter.clone()).filter(|f| !KERNELS.contains(&f.as_str())),
+    };
+    let mine: Vec<_> = filters.iter().filter_map(of_kernel).collect();
+    (!mine.is_empty()).then_some(mine)
+}
+
+/// What one guest said.
+struct Run {
+    verdicts: BTreeMap<String, bool>,
+}
+
+impl Run {
+    fn of(kernel: &str, filters: &[String]) -> Run {
+        let mut run = Run { verdicts: BTreeMap::new() };
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = Command::new(cargo);
+        command.args(["run", "--quiet", "--package", "xtask", "--", "vm", "suite", "--kernel", kernel, "--"]);
+        command.args(filters).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("start cargo");
+        let output = child.stdout.take().expect("its output is a pipe");
+        let mut all = String::new();
+        for line in BufReader::new(output).lines() {
+            let line = String::from_utf8_lossy(line.expect("read the guest's output").as_bytes()).into_owned();
+            run.line(kernel, &line);
+            all.push_str(&line);
+            all.push('\n');
+        }
+        let status = child.wait().expect("wait for the guest");
+        let bad = run.verdicts.values().any(|ok| !ok);
+        // A guest that says nothing, or fails without naming a test, has failed itself.
+        if run.verdicts.is_empty() || status.success() == bad || !all.contains("test result:") {
+            run.verdict(kernel, "(the guest itself)", false);
+        }
+        if run.verdicts.values().any(|ok| !ok) {
+            println!("\n---- {kernel}: {status} ----\n{all}");
+        }
+        run
+    }
+
+    fn line(&mut self, kernel: &str, line: &str) {
+        if let Some((name, word)) = line.strip_prefix("test ").and_then(|rest| rest.rsplit_once(" ... ")) {
+            // `should_panic` tests carry a remark.
+            let name = name.split(" - ").next().unwrap_or(name);
+            self.verdict(kernel, name, word == "ok");
+        } else if let Some(skip) = line.strip_prefix("skip\t") {
+            report_skip(kernel, skip);
+        }
+    }
+
+    fn verdict(&mut self, kernel: &str, name: &str, ok: bool) {
+        println!("test {kernel}::{name} ... {}", if ok { "ok" } else { "FAILED" });
+        self.verdicts.insert(name.to_owned(), ok);
+    }
+}
+
+fn report_skip(kernel: &str, skip: &str) {
+    let Some(path) = std::env::var_os(SKIP_FILE) else { return };
+    let mut file = std::fs::File::options().append(true).create(true).open(path).expect("open the skip file");
+    file.write_all(format!("{kernel}::{skip}\n").as_bytes()).expect("write to the skip file");
+}

@@ -8,6 +8,7 @@ mod setup;
 mod test;
 mod tidy;
 mod ui;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -31,6 +32,8 @@ enum Verb {
     Test(test::Args),
     /// Check the laws of the tree that no compiler knows
     Tidy,
+    /// Run commands and tests on other kernels, in virtual machines
+    Vm(vm::Args),
     /// All that CI checks: format, lints, tidy, every ring
     Ci(ci::Args),
 }
@@ -42,9 +45,14 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::main(&args),
         Verb::Tidy => tidy::main(),
         Verb::Ci(args) => ci::main(&args),
+        Verb::Vm(args) => return ended(vm::main(args)),
     };
+    ended(result.map(|()| 0))
+}
+
+fn ended(result: anyhow::Result<u8>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => ExitCode::from(status),
         Err(error) => {
             ui::error(&error);
             ExitCode::FAILURE

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::{build, proc, setup, ui};
 use count::Tally;
@@ -119,6 +120,19 @@ fn cargo(ring: Ring) -> Command {
     let mut cargo = build::static_cargo("test");
     cargo.args(ring.selection()).arg("--no-fail-fast");
     cargo
+}
+
+/// Builds one suite of the root package and returns the program.
+pub(crate) fn suite_program(suite: &str) -> Result<PathBuf> {
+    let mut cargo = build::static_cargo("test");
+    cargo.args(["--quiet", "--no-run", "--test", suite, "--message-format=json-render-diagnostics"]);
+    cargo.stderr(std::process::Stdio::inherit());
+    let text = proc::output(&mut cargo)?;
+    let is_suite =
+        |message: &Value| message["target"]["name"] == suite && message["target"]["kind"][0] == "test";
+    let messages = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let program = messages.filter(is_suite).find_map(|m| m["executable"].as_str().map(PathBuf::from));
+    program.with_context(|| format!("cargo built no program for suite {suite}"))
 }
 
 fn run_logged(cargo: &mut Command, filters: &[String], log: &Path, skips: &Path) -> Result<bool> {
