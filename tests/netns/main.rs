@@ -1,2 +1,4 @@
-//! Ring netns: the real kernel, nodes as network namespaces. One file a subject; what is named `service_` or
-//! `runtime_` also runs on the kernels of ring vm.
+//! Ring netns: the real kernel, nodes as network namespaces. One file a subject; what is named `service_`,
+//! `runtime_` or `kernel_` also runs on the kernels of ring vm.
+
+mod kernel_basics;
