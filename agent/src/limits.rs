@@ -65,3 +65,21 @@ pub const EXEC_OUTPUT_BYTES_MAX: usize = 64 * 1024;
 pub const fn secs(s: u64) -> Duration {
     Duration::from_secs(s)
 }
+/// Layers of one image: what overlayfs stacks with room for the container's own.
+pub const IMAGE_LAYERS_MAX: usize = 127;
+/// Unpacked bytes of one layer.
+pub const IMAGE_LAYER_BYTES_MAX: u64 = 32 << 30;
+/// Entries of one layer.
+pub const IMAGE_LAYER_ENTRIES_MAX: u64 = 2_000_000;
+/// A layer may unpack to this many times its size once it is larger than [`IMAGE_LAYER_RATIO_FLOOR_BYTES`].
+pub const IMAGE_LAYER_RATIO_MAX: u64 = 200;
+/// Below this size a layer may be compressed as well as it likes.
+pub const IMAGE_LAYER_RATIO_FLOOR_BYTES: u64 = 1 << 30;
+/// Names and attributes of one entry of a layer.
+pub const IMAGE_ENTRY_HEADER_BYTES_MAX: u64 = 1 << 20;
+/// An index, a manifest or a configuration.
+pub const IMAGE_DOCUMENT_BYTES_MAX: u64 = 4 << 20;
+/// Files in an image archive.
+pub const IMAGE_ARCHIVE_MEMBERS_MAX: usize = 100_000;
+/// Indexes inside indexes.
+pub const IMAGE_INDEX_DEPTH_MAX: usize = 4;
