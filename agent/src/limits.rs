@@ -20,9 +20,12 @@ pub const RESTART_BACKOFF_FIRST_S: u64 = 10;
 pub const RESTART_BACKOFF_MAX_S: u64 = 300;
 /// A container that ran this long starts again without history.
 pub const RESTART_BACKOFF_RESET_S: u64 = 600;
-/// Pause after a sandbox, its network or a volume could not be made; doubles up to
-/// [`RESTART_BACKOFF_MAX_S`].
-pub const SANDBOX_BACKOFF_FIRST_S: u64 = 1;
+/// Pause after a sandbox, its network, a volume, an image or a configuration could not be had; doubles up to
+/// [`PREPARE_BACKOFF_MAX_S`].
+pub const PREPARE_BACKOFF_FIRST_S: u64 = 1;
+/// Longest pause between two such tries. Short, because nothing tells the agent that an image was
+/// imported or a ConfigMap made.
+pub const PREPARE_BACKOFF_MAX_S: u64 = 30;
 /// What a container gets between TERM and KILL at least, however it is deleted.
 pub const STOP_GRACE_MIN_S: u64 = 2;
 /// How long pods that failed or vanished wait for their last status to be accepted.

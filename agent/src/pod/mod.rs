@@ -1,2 +1,9 @@
 //! Pods: a pure core that decides from (desired pod, what runs, clock) what to do next, and one
 //! driver that does it. The core does no I/O and reads no clock.
+
+pub mod backoff;
+pub mod env;
+pub mod model;
+pub mod probe;
+pub mod quantity;
+pub mod resources;
