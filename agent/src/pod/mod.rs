@@ -3,7 +3,10 @@
 
 pub mod backoff;
 pub mod env;
+pub mod machine;
 pub mod model;
 pub mod probe;
 pub mod quantity;
+pub mod refuse;
 pub mod resources;
+pub mod status;
