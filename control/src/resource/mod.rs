@@ -13,11 +13,12 @@ pub mod names;
 pub mod object;
 pub mod openapi;
 pub mod patch;
+pub mod quantity;
 pub mod selector;
 pub mod table;
 mod validate;
 
-pub use default::default_object;
+pub use default::{default_object, qos_class};
 pub use error::{ApiError, Cause, CauseReason, Details};
 pub use index::{ObjectIndex, OwnerRef};
 pub use kinds::{Kind, Subresource, find, find_by_gvk, kinds};
@@ -26,5 +27,6 @@ pub use lifecycle::{
     prepare_create, prepare_update,
 };
 pub use patch::{PatchType, apply_patch};
+pub use quantity::{Quantity, QuantityError};
 pub use selector::{FieldSelector, LabelSelector, Selectors};
 pub use validate::{validate_create, validate_update};
