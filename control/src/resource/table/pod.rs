@@ -122,8 +122,8 @@ fn container_status(pod: &Value, summary: &mut Summary) {
 fn summarize(pod: &Value) -> Summary {
     let phase = str_at(pod, &["status", "phase"]);
     let reason = str_at(pod, &["status", "reason"]);
-    let mut summary = Summary::default();
-    summary.status = if reason.is_empty() { phase } else { reason }.to_owned();
+    let first = if reason.is_empty() { phase } else { reason };
+    let mut summary = Summary { status: first.to_owned(), ..Summary::default() };
     if condition(pod, "PodScheduled").is_some_and(|c| str_at(c, &["reason"]) == "SchedulingGated") {
         summary.status = "SchedulingGated".to_owned();
     }
