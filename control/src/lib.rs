@@ -4,7 +4,12 @@
 //! `resource` holds the pure rules, `store` the bytes, `registry` puts the two together, `api` is
 //! the only room that knows HTTP, `controller` and `schedule` act through the registry.
 
+pub mod api;
 pub mod limits;
+pub mod pki;
 pub mod registry;
 pub mod resource;
+mod run;
 pub mod store;
+
+pub use run::{ControlConfig, ControlError, Ready, run, run_with};

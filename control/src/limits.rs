@@ -30,3 +30,37 @@ pub const STORE_TRIM_SECS: u64 = 30;
 pub const GENERATE_NAME_TRIES: usize = 8;
 /// Attempts at a write whose object changes between the look at it and the commit.
 pub const WRITE_TRIES: usize = 64;
+/// How long a read waits for a revision that the store has not reached.
+pub const FUTURE_REV_WAIT_MS: u64 = 3_000;
+/// Largest request body in bytes.
+pub const BODY_BYTES_MAX: usize = 3 << 20;
+/// Reads answered at the same time, watches left out; more are turned away with 429.
+pub const READS_IN_FLIGHT_MAX: usize = 400;
+/// Writes answered at the same time; more are turned away with 429.
+pub const WRITES_IN_FLIGHT_MAX: usize = 400;
+/// Open connections; more wait to be accepted.
+pub const CONNECTIONS_MAX: usize = 4096;
+/// How long a client may take for the TLS handshake.
+pub const HANDSHAKE_TIMEOUT_MS: u64 = 10_000;
+/// How long a client may take to send the head of a request.
+pub const REQUEST_HEAD_TIMEOUT_MS: u64 = 30_000;
+/// How long a request other than a watch or a log may take.
+pub const REQUEST_TIMEOUT_MS: u64 = 60_000;
+/// How long a client may refuse to take bytes before its connection is closed.
+pub const STALLED_WRITE_TIMEOUT_MS: u64 = 60_000;
+/// How long a stop waits for requests to end.
+pub const DRAIN_TIMEOUT_MS: u64 = 5_000;
+/// Requests that one HTTP/2 connection may carry at once.
+pub const H2_STREAMS_MAX: u32 = 1_000;
+/// Size of a piece of a streamed body in bytes.
+pub const PIECE_BYTES: usize = 64 << 10;
+/// Shortest time that a watch lasts when the client names none; the longest is twice that.
+pub const WATCH_TIMEOUT_MIN_SECS: u64 = 1_800;
+/// Longest time between bookmarks of a watch that wants them.
+pub const BOOKMARK_SECS: u64 = 60;
+/// How long a connection to an agent may take.
+pub const AGENT_CONNECT_TIMEOUT_MS: u64 = 5_000;
+/// How long events are kept after the last write to them.
+pub const EVENT_TTL_SECS: u64 = 3_600;
+/// How often expired events are looked for.
+pub const EVENT_SWEEP_SECS: u64 = 60;

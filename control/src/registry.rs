@@ -2,11 +2,12 @@
 //! rules (`resource`) and is atomic against what it was decided on (`store`).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::limits::{GENERATE_NAME_TRIES, OBJECT_BYTES_MAX, WRITE_TRIES};
+use crate::limits::{FUTURE_REV_WAIT_MS, GENERATE_NAME_TRIES, OBJECT_BYTES_MAX, WRITE_TRIES};
 use crate::resource::alloc::AllocatorError;
 use crate::resource::lifecycle::{name_suffix, scale_of};
 use crate::resource::{
@@ -117,6 +118,29 @@ impl Registry {
             objects.retain(|object| selectors.matches(&object.index));
         }
         (objects, rev)
+    }
+
+    /// Like [`Registry::list`], as it was at `rev`. 410 when the history doesn't reach back.
+    pub fn list_at(
+        &self,
+        kind: &Kind,
+        namespace: Option<&str>,
+        selectors: &Selectors,
+        rev: Rev,
+    ) -> Result<Vec<Arc<Object>>, ApiError> {
+        let listed = self.0.store.list_at(&kind.resource_key(), namespace, rev);
+        let mut objects = listed.map_err(|e| expired(&e))?;
+        objects.retain(|object| selectors.matches(&object.index));
+        Ok(objects)
+    }
+
+    /// Waits until everything up to `rev` is visible; 504 when that takes too long.
+    pub async fn reach(&self, rev: Rev) -> Result<(), ApiError> {
+        let reached = self.0.store.reached(rev);
+        match tokio::time::timeout(Duration::from_millis(FUTURE_REV_WAIT_MS), reached).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(ApiError::too_large_resource_version(rev, self.revision())),
+        }
     }
 
     /// Events of one namespace or all. 410 when the history doesn't reach back to `from`, 504

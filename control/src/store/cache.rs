@@ -178,6 +178,33 @@ impl Cache {
         (found, self.rev)
     }
 
+    /// Undoes the history after `rev`, for an exact listing of the past.
+    pub(super) fn list_at(
+        &self,
+        resource: &str,
+        namespace: Option<&str>,
+        rev: Rev,
+    ) -> Result<Vec<Arc<Object>>, Expired> {
+        let (now, _) = self.list(resource, namespace);
+        let Some(resource) = self.resources.get(resource) else { return Ok(now) };
+        resource.check(rev)?;
+        let mut then: BTreeMap<Key, Arc<Object>> =
+            now.into_iter().map(|object| (object.key.clone(), object)).collect();
+        let inside = |step: &&Step| namespace.is_none_or(|ns| step.event.object.key.namespace() == ns);
+        for step in resource.history.iter().rev().take_while(|s| s.event.rev() > rev).filter(inside) {
+            let object = &step.event.object;
+            match (step.event.change, &step.event.prev) {
+                (Change::Deleted, _) => {
+                    let last = object.at_rev(step.superseded, object.written_secs);
+                    then.insert(object.key.clone(), Arc::new(last));
+                }
+                (Change::Modified, Some(prev)) => drop(then.insert(object.key.clone(), Arc::clone(prev))),
+                (Change::Added | Change::Modified, _) => drop(then.remove(&object.key)),
+            }
+        }
+        Ok(then.into_values().collect())
+    }
+
     /// Makes a committed batch visible, trims included. Who waits is woken by [`Cache::wake`].
     pub(super) fn publish(&mut self, steps: Vec<Step>, trims: &[(Box<str>, Trim)], rev: Rev) {
         for (resource, trim) in trims {

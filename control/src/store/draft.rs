@@ -67,7 +67,7 @@ impl Object {
     }
 
     /// The same object under another revision.
-    pub(super) fn at_rev(&self, rev: Rev, written_secs: u64) -> Self {
+    pub(crate) fn at_rev(&self, rev: Rev, written_secs: u64) -> Self {
         let at = self.rev_at as usize;
         let digits = self.bytes[at..].iter().take_while(|b| b.is_ascii_digit()).count();
         Self {

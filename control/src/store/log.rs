@@ -73,6 +73,7 @@ pub struct LogStore {
     queue: Mutex<Option<Sender<Request>>>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
     stats: Arc<StoreStats>,
+    progress: watch::Sender<Rev>,
 }
 
 impl LogStore {
@@ -90,12 +91,19 @@ impl LogStore {
         let cache = Arc::new(RwLock::new(cache));
         let stats = Arc::new(StoreStats::default());
         let (queue, requests) = channel();
-        let writer = Writer { engine, cache: Arc::clone(&cache), stats: Arc::clone(&stats), in_doubt: None };
+        let progress = watch::Sender::new(loaded.last_rev);
+        let writer = Writer {
+            engine,
+            cache: Arc::clone(&cache),
+            stats: Arc::clone(&stats),
+            progress: progress.clone(),
+            in_doubt: None,
+        };
         let thread = std::thread::Builder::new()
             .name("store".into())
             .spawn(move || writer.run(&requests))
             .map_err(OpenError::Thread)?;
-        Ok(Self { cache, queue: Mutex::new(Some(queue)), writer: Mutex::new(Some(thread)), stats })
+        Ok(Self { cache, queue: Mutex::new(Some(queue)), writer: Mutex::new(Some(thread)), stats, progress })
     }
 
     /// Counters since the start.
@@ -147,6 +155,30 @@ impl Store for LogStore {
 
     fn list(&self, resource: &str, namespace: Option<&str>) -> Listing {
         read(&self.cache).list(resource, namespace)
+    }
+
+    fn list_at(
+        &self,
+        resource: &str,
+        namespace: Option<&str>,
+        rev: Rev,
+    ) -> Result<Vec<Arc<Object>>, Expired> {
+        let cache = read(&self.cache);
+        match cache.resource(resource) {
+            Some(_) => cache.list_at(resource, namespace, rev),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn reached(&self, rev: Rev) -> BoxFuture<'static, ()> {
+        let mut progress = self.progress.subscribe();
+        async move {
+            if progress.wait_for(|now| *now >= rev).await.is_err() {
+                // The store is closed, so it never will be.
+                std::future::pending::<()>().await;
+            }
+        }
+        .boxed()
     }
 
     fn watch(&self, resource: &str, namespace: Option<&str>, from: Rev) -> Result<Watch, Expired> {
@@ -223,6 +255,7 @@ struct Writer<E> {
     engine: E,
     cache: Arc<RwLock<Cache>>,
     stats: Arc<StoreStats>,
+    progress: watch::Sender<Rev>,
     /// Set from a failed commit until the medium could be opened again.
     in_doubt: Option<Prepared>,
 }
@@ -306,6 +339,7 @@ impl<E: Engine> Writer<E> {
         for key in touched {
             cache.wake(key.resource());
         }
+        self.progress.send_replace(cache.rev);
     }
 
     /// Checks every expectation against what will be there by then, in the order of arrival.

@@ -209,6 +209,11 @@ pub trait Store: Send + Sync + 'static {
     fn get(&self, key: &Key) -> Option<Arc<Object>>;
     /// Objects of a resource, of one namespace or all, ordered by key.
     fn list(&self, resource: &str, namespace: Option<&str>) -> Listing;
+    /// Objects of a resource as they were at `rev`, which must not be in the future.
+    fn list_at(&self, resource: &str, namespace: Option<&str>, rev: Rev)
+    -> Result<Vec<Arc<Object>>, Expired>;
+    /// Resolves once everything up to `rev` is visible.
+    fn reached(&self, rev: Rev) -> BoxFuture<'static, ()>;
     /// Events of a resource after `from`.
     fn watch(&self, resource: &str, namespace: Option<&str>, from: Rev) -> Result<Watch, Expired>;
     /// Revision of the last write that was published.

@@ -119,6 +119,26 @@ async fn a_restart_keeps_objects_history_and_revision() {
 }
 
 #[tokio::test]
+async fn the_past_is_listed_exactly() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let mut past: Vec<Vec<(String, Rev, bytes::Bytes)>> = vec![Vec::new()];
+    let state = |objects: &[Arc<Object>]| -> Vec<(String, Rev, bytes::Bytes)> {
+        objects.iter().map(|o| (o.key.name().to_owned(), o.rev, o.bytes.clone())).collect()
+    };
+    for txn in [put("a", 0), put("b", 0), put("a", 1), delete("a"), put("a", 2), delete("b"), put("c", 0)] {
+        store.write(txn).await.unwrap();
+        past.push(state(&store.list("pods", None).0));
+    }
+    for (rev, expected) in past.iter().enumerate() {
+        let objects = store.list_at("pods", None, rev as Rev).unwrap();
+        assert_eq!(&state(&objects), expected, "at {rev}");
+    }
+    assert!(store.list_at("pods", Some("other"), 3).unwrap().is_empty());
+    store.reached(7).await;
+}
+
+#[tokio::test]
 async fn a_full_history_expires_old_watchers_honestly_and_noise_stays_in_its_resource() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
