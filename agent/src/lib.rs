@@ -8,6 +8,7 @@ pub mod network;
 pub mod pod;
 pub mod runtime;
 pub mod server;
+pub mod service;
 
 pub use config::{AgentConfig, Component, ConfigError};
 
