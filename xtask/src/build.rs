@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::{proc, setup};
+use crate::{proc, setup, ui};
 
 /// Named explicitly so that cargo keeps flags for the program apart from those for procedural macros, which
 /// cannot be linked statically.
@@ -32,14 +32,16 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds program `bin` of `package` statically, showing cargo's own progress, and returns its path.
+/// Builds program `bin` of `package` statically and returns its path.
 pub(crate) fn program(package: &str, bin: &str, debug: bool) -> Result<PathBuf> {
     let mut cargo = static_cargo("build");
-    cargo.args(["--package", package, "--bin", bin]);
+    cargo.args(["--quiet", "--package", package, "--bin", bin]);
     if !debug {
         cargo.arg("--release");
     }
+    let step = ui::Step::start(format!("build {bin}"));
     proc::run(&mut cargo)?;
+    step.done("");
     let profile = if debug { "debug" } else { "release" };
     Ok(proc::target_dir()?.join(TARGET).join(profile).join(bin))
 }

@@ -1,8 +1,10 @@
 //! The single door: every chore of this repository is one verb of `cargo xtask`. This file parses and dispatches;
 //! each verb has a module. Nothing here depends on the project's own crates, so that it builds first and fast.
 
+mod bench;
 mod build;
 mod ci;
+mod image;
 mod proc;
 mod setup;
 mod test;
@@ -32,6 +34,12 @@ enum Verb {
     Test(test::Args),
     /// Check the laws of the tree that no compiler knows
     Tidy,
+    /// Make the OCI archives that the examples and suites run
+    Image(image::Args),
+    /// Measure: connect, pod-start, api, footprint
+    Bench(bench::Args),
+    /// Long runs under faults
+    Soak(bench::Args),
     /// Run commands and tests on other kernels, in virtual machines
     Vm(vm::Args),
     /// All that CI checks: format, lints, tidy, every ring
@@ -44,6 +52,9 @@ fn main() -> ExitCode {
         Verb::Build(args) => build::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::Tidy => tidy::main(),
+        Verb::Image(args) => image::main(&args),
+        Verb::Bench(args) => bench::main("bench", &args),
+        Verb::Soak(args) => bench::main("soak", &args),
         Verb::Ci(args) => ci::main(&args),
         Verb::Vm(args) => return ended(vm::main(args)),
     };

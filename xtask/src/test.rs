@@ -2,6 +2,7 @@
 //! not on the written list fails the ring under CI, and so does anything a ring leaves behind on the host.
 
 mod count;
+mod residue;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{build, proc, setup, ui};
+use crate::{build, image, proc, setup, ui};
 use count::Tally;
 
 /// Where tests report that they skipped themselves (`harness::skip`).
@@ -89,6 +90,9 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// What suites find in the environment besides [`SKIP_FILE`]: where the images are.
+const IMAGES: &str = "SHEAVE_IMAGES";
+
 /// Builds, runs and judges one ring. An error means that the ring could not be judged at all.
 fn run_ring(ring: Ring, filters: &[String]) -> Result<Tally> {
     let dir = proc::target_dir()?.join("xtask");
@@ -99,12 +103,22 @@ fn run_ring(ring: Ring, filters: &[String]) -> Result<Tally> {
         return Ok(Tally { failed: 1, notes: vec!["does not compile".into()], ..Tally::default() });
     }
     step.done("");
+    let images = match ring {
+        Ring::Host | Ring::Prog => None,
+        Ring::Netns | Ring::Vm => Some(image::all()?),
+    };
     let (log, skips) = (dir.join(format!("{}.log", ring.name())), dir.join(format!("{}.skips", ring.name())));
     fs::write(&skips, "").with_context(|| format!("empty {}", skips.display()))?;
     let step = ui::Step::start(format!("ring {}", ring.name()));
-    let success = run_logged(&mut cargo(ring), filters, &log, &skips)?;
+    let (before, run) = (residue::scan(), format!("{}-{}", ring.name(), std::process::id()));
+    let mut cargo = cargo(ring);
+    cargo.env(residue::RUN_VARIABLE, &run).envs(images.map(|dir| (IMAGES, dir)));
+    let success = run_logged(&mut cargo, filters, &log, &skips)?;
     let mut tally = count::tally(&read(&log)?, success);
     tally.take_skips(&read(&skips)?, ring.name(), &allowed_skips()?);
+    for left in residue::left(&before, &run) {
+        tally.fail(format!("left behind: {left}"));
+    }
     if tally.failed > 0 {
         drop(step);
         eprintln!("{}", read(&log)?);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{proc, setup, test};
+use crate::{image, proc, setup, test};
 use machine::Guest;
 
 #[derive(clap::Args)]
@@ -108,15 +108,16 @@ fn run(args: RunArgs) -> Result<u8> {
 
 /// After the suite prints its verdict, the guest prints each reported skip as `skip\t<test>\t<reason>`.
 const SUITE_SCRIPT: &str = r#"
-    export SHEAVE_SKIP_FILE=/run/skips RUST_BACKTRACE=1; : > $SHEAVE_SKIP_FILE
+    export SHEAVE_SKIP_FILE=/run/skips SHEAVE_IMAGES="$1" RUST_BACKTRACE=1; : > $SHEAVE_SKIP_FILE
+    shift
     "$@"; status=$?
     sed 's/^/skip\t/' $SHEAVE_SKIP_FILE
     exit $status"#;
 
 fn suite(series: kernel::Series, filters: &[String]) -> Result<u8> {
-    let program = test::suite_program("netns")?;
+    let (program, images) = (test::suite_program("netns")?, image::all()?);
     let mut command: Vec<String> = ["bash", "-c", SUITE_SCRIPT, "suite"].map(str::to_owned).to_vec();
-    command.push(program.to_string_lossy().into_owned());
+    command.extend([&images, &program].map(|path| path.to_string_lossy().into_owned()));
     command.push("--test-threads=1".to_owned());
     command.extend(filters.iter().cloned());
     let guest = Guest {

@@ -1,9 +1,11 @@
 //! What the suites share. Everything made here is undone when its guard is dropped, also while a test panics;
-//! what a killed test leaves behind is found by [`residue`].
+//! what a killed test leaves behind is found by the residue scan of `cargo xtask test`.
 //!
 //! Helpers panic instead of returning errors: a suite has nothing better to do, and a panic keeps the place.
 
 pub mod cgroup;
+pub mod http;
+pub mod image;
 pub mod isolate;
 pub mod netns;
 pub mod node;
