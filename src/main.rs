@@ -1,2 +1,31 @@
-//! The `sheave` program: parses its arguments and dispatches; holds no logic of its own.
-fn main() {}
+//! The `sheave` program: parses its arguments and dispatches. It decides nothing itself, and it prints an error's
+//! whole chain exactly once.
+
+mod cli;
+mod cmd;
+mod config;
+mod logging;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    match cmd::run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sheave: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `sheave service list | head` is not an error.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
+}

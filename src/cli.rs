@@ -1,0 +1,300 @@
+//! The command line: names, help and units of every flag. A flag that a daemon takes has the same name in the
+//! settings file.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
+
+const ABOUT: &str = "The node side of a Kubernetes cluster in one small program";
+
+const LONG_ABOUT: &str = "\
+The node side of a Kubernetes cluster in one small program.
+
+Sheave runs pods straight on Linux namespaces and cgroups, balances Services in the kernel with eBPF, and brings a \
+small control plane that speaks the Kubernetes API, so that kubectl works unmodified.
+
+  sheave up                 a whole cluster on this host: control plane and node in one process
+  sheave control            the control plane alone
+  sheave agent              the node daemon alone, against any Kubernetes API server
+  sheave image import F     make an OCI image known to this node
+  sheave service list       what the kernel balances right now, read from its maps
+
+Containers and service routing do not notice when the daemon is stopped, killed or upgraded: pods belong to a small \
+process of their own each, and the eBPF programs stay attached. To take everything off a host: sheave down.";
+
+const AFTER: &str = "\
+Start here:
+  sudo sheave up
+  export KUBECONFIG=/var/lib/sheave/admin.kubeconfig
+  kubectl get nodes
+
+Every flag of a daemon can be set in /etc/sheave/config.toml under the section named in its help.";
+
+#[derive(Debug, Parser)]
+#[command(name = "sheave", version, about = ABOUT, long_about = LONG_ABOUT, after_help = AFTER)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole cluster on this host: control plane and node in one process
+    Up(UpFlags),
+    /// Run the control plane: API server, store, controllers, scheduler
+    Control(ControlCommand),
+    /// Run the node daemon against a Kubernetes API server
+    Agent(AgentCommand),
+    /// Import, list and remove container images of this node
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Print the version
+    Version,
+    /// Apply a manifest through the API (for hosts without kubectl)
+    #[command(hide = true)]
+    Apply(ApplyFlags),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UpFlags {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    #[command(flatten)]
+    pub(crate) control: ControlFlags,
+    #[command(flatten)]
+    pub(crate) agent: AgentFlags,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ControlCommand {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    #[command(flatten)]
+    pub(crate) control: ControlFlags,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AgentCommand {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    #[command(flatten)]
+    pub(crate) agent: AgentFlags,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BaseFlags {
+    /// Settings file [default: /etc/sheave/config.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) paths: PathFlags,
+    #[command(flatten)]
+    pub(crate) log: LogFlags,
+}
+
+/// `[paths]`
+#[derive(Debug, Default, Clone, Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[command(next_help_heading = "Paths [paths]")]
+pub(crate) struct PathFlags {
+    /// What must survive a reboot: store, certificates, images, pod records [default: /var/lib/sheave]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// What need not survive a reboot: shim sockets, sandbox files [default: /run/sheave]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) run_dir: Option<PathBuf>,
+    /// Container logs, in the CRI layout [default: /var/log/pods]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) log_dir: Option<PathBuf>,
+    /// Where eBPF maps and links are pinned, on a BPF file system [default: /sys/fs/bpf/sheave]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) pin_dir: Option<PathBuf>,
+    /// The cgroup (v2 hierarchy) where service balancing attaches and below which pods live [default: its root]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) cgroup_path: Option<PathBuf>,
+}
+
+/// `[log]`
+#[derive(Debug, Default, Clone, Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[command(next_help_heading = "Logging [log]")]
+pub(crate) struct LogFlags {
+    /// What to log: error, warn, info, debug, trace, or a filter such as sheave_agent=debug [default: info]
+    #[arg(long, value_name = "FILTER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) log_level: Option<String>,
+    /// How to log [default: text]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) log_format: Option<LogFormat>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+/// `[control]`
+#[derive(Debug, Default, Clone, Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[command(next_help_heading = "Control plane [control]")]
+pub(crate) struct ControlFlags {
+    /// Where the API server listens [default: 0.0.0.0:6443]
+    #[arg(long, value_name = "ADDR:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// The address that pods and other nodes reach the API server at [default: the node's address]
+    #[arg(long, value_name = "IP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) advertise_address: Option<IpAddr>,
+    /// Range of ClusterIPs; one a family [default: 10.96.0.0/16, fd00:96::/112]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) service_cidr: Vec<IpNetwork>,
+    /// Range of NodePorts, first and last [default: 30000-32767]
+    #[arg(long, value_name = "FIRST-LAST")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) node_port_range: Option<String>,
+    /// More names or addresses for the API server's certificate
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tls_san: Vec<String>,
+}
+
+/// `[agent]`
+#[derive(Debug, Default, Clone, Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[command(next_help_heading = "Node [agent]")]
+pub(crate) struct AgentFlags {
+    /// How to reach the API server [default: <state-dir>/agent.kubeconfig]
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// Name of this node in the API [default: the host's name]
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) node_name: Option<String>,
+    /// Address of this node, one a family [default: those of the device with the default route]
+    #[arg(long, value_name = "IP", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) node_ip: Vec<IpAddr>,
+    /// Range of pod addresses on this node, one a family [default: 10.244.0.0/24, fd00:244::/64]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) pod_cidr: Vec<IpNetwork>,
+    /// Device where NodePort traffic arrives from outside [default: the one that holds the node's address]
+    #[arg(long, value_name = "LINK", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) uplink: Vec<String>,
+    /// Name servers that pods are given [default: the host's]
+    #[arg(long, value_name = "IP", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) cluster_dns: Vec<IpAddr>,
+    /// Where the node's own API (container logs) listens; port 0 takes any [default: 0.0.0.0:10250]
+    #[arg(long, value_name = "ADDR:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) agent_listen: Option<SocketAddr>,
+    /// Where /healthz and /metrics listen [default: 127.0.0.1:10248]
+    #[arg(long, value_name = "ADDR:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) health_listen: Option<SocketAddr>,
+    /// Most pods this node takes [default: 110]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_pods: Option<u32>,
+    /// Label for this node's object
+    #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) node_label: Vec<String>,
+    /// What the agent does on this node [default: pods,services]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) components: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Import an OCI archive (.tar) or an OCI layout directory
+    Import {
+        #[command(flatten)]
+        base: BaseFlags,
+        /// The archive or directory
+        path: PathBuf,
+        /// Name to give the image [default: the one in its index]
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List images
+    #[command(alias = "ls")]
+    List {
+        #[command(flatten)]
+        base: BaseFlags,
+        /// How to print
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ApplyFlags {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    /// How to reach the API server [default: <state-dir>/admin.kubeconfig]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// The manifest, one or more YAML documents
+    #[arg(short, long)]
+    pub(crate) filename: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn lists_split_at_commas_and_repeat() {
+        let cli = Cli::try_parse_from([
+            "sheave",
+            "up",
+            "--node-ip",
+            "10.0.0.1,fd00::1",
+            "--pod-cidr",
+            "10.1.0.0/24",
+            "--pod-cidr",
+            "fd01::/64",
+        ])
+        .unwrap();
+        let Command::Up(up) = cli.command else { panic!("not up") };
+        assert_eq!(up.agent.node_ip.len(), 2);
+        assert_eq!(up.agent.pod_cidr.len(), 2);
+    }
+
+    #[test]
+    fn a_wrong_address_is_refused_with_the_flag() {
+        let error = Cli::try_parse_from(["sheave", "up", "--listen", "everywhere"]).unwrap_err();
+        assert!(error.to_string().contains("--listen"));
+    }
+}

@@ -1,0 +1,89 @@
+//! One thin file a subcommand: each turns flags and settings into a library's configuration, calls it, and prints.
+
+mod agent;
+mod apply;
+mod control;
+mod image;
+mod table;
+mod up;
+
+use std::future::Future;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::{BaseFlags, Cli, Command, ImageCommand, PathFlags};
+use crate::config::File;
+
+/// Runs the command that was asked for.
+pub(crate) fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Up(flags) => up::run(&flags),
+        Command::Control(flags) => control::run(&flags),
+        Command::Agent(flags) => agent::run(&flags),
+        Command::Image(ImageCommand::Import { base, path, name }) => {
+            image::import(&base, &path, name.as_deref())
+        }
+        Command::Image(ImageCommand::List { base, output }) => image::list(&base, output),
+        Command::Version => version(),
+        Command::Apply(flags) => apply::run(&flags),
+    }
+}
+
+fn version() -> Result<()> {
+    writeln!(std::io::stdout(), "sheave {}", env!("CARGO_PKG_VERSION"))?;
+    Ok(())
+}
+
+/// The directories in force, from file and flags.
+fn paths(base: &BaseFlags) -> Result<Paths> {
+    let flags: PathFlags = File::read(base.config.as_deref())?.merge("paths", &base.paths)?;
+    let default = sheave_agent::AgentConfig::default();
+    Ok(Paths { state_dir: flags.state_dir.unwrap_or(default.state_dir) })
+}
+
+struct Paths {
+    state_dir: PathBuf,
+}
+
+/// The admin's kubeconfig, unless another is named.
+fn kubeconfig(base: &BaseFlags, given: Option<&Path>) -> Result<PathBuf> {
+    match given {
+        Some(path) => Ok(path.to_owned()),
+        None => Ok(paths(base)?.state_dir.join("admin.kubeconfig")),
+    }
+}
+
+/// Runs a daemon until it fails or SIGTERM or SIGINT asks it to stop; a second signal ends the process at once.
+fn run_daemon<F, Fut>(daemon: F) -> Result<()>
+where
+    F: FnOnce(CancellationToken) -> Fut,
+    Fut: Future<Output = Result<()>>,
+{
+    runtime()?.block_on(async {
+        let shutdown = CancellationToken::new();
+        let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        let mut int = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+        let stop = shutdown.clone();
+        tokio::spawn(async move {
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+            tracing::info!("stopping; containers and service routing go on without the daemon");
+            stop.cancel();
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+            std::process::exit(130);
+        });
+        daemon(shutdown).await
+    })
+}
+
+/// Two workers are enough for a node and keep the memory of idle threads small.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().min(4)))
+        .max_blocking_threads(64)
+        .enable_all()
+        .build()
+        .context("starting the async runtime")
+}
