@@ -1,5 +1,6 @@
 //! The shipped program: static, so that it runs on any host's libc, and stripped.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -35,13 +36,18 @@ pub(crate) fn main(args: &Args) -> Result<()> {
 /// Builds program `bin` of `package` statically and returns its path.
 pub(crate) fn program(package: &str, bin: &str, debug: bool) -> Result<PathBuf> {
     let mut cargo = static_cargo("build");
-    cargo.args(["--quiet", "--package", package, "--bin", bin]);
+    cargo.args(["--package", package, "--bin", bin]);
     if !debug {
         cargo.arg("--release");
     }
-    let step = ui::Step::start(format!("build {bin}"));
-    proc::run(&mut cargo)?;
-    step.done("");
+    // On a terminal cargo shows by itself how far it is.
+    if std::io::stderr().is_terminal() {
+        proc::run(&mut cargo)?;
+    } else {
+        let step = ui::Step::start(format!("build {bin}"));
+        proc::run(cargo.arg("--quiet"))?;
+        step.done("");
+    }
     let profile = if debug { "debug" } else { "release" };
     Ok(proc::target_dir()?.join(TARGET).join(profile).join(bin))
 }

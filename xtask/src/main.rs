@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod ci;
+mod demo;
 mod image;
 mod proc;
 mod setup;
@@ -26,6 +27,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Start a node apart from this host, run pods on it and show them balanced, killed and scaled
+    Demo(demo::Args),
     /// Install what is missing to build, test and measure, after saying what and why
     Setup(setup::Args),
     /// Build the `sheave` program: release, static, stripped
@@ -48,6 +51,7 @@ enum Verb {
 
 fn main() -> ExitCode {
     let result = match Args::parse().verb {
+        Verb::Demo(args) => demo::main(&args),
         Verb::Setup(args) => setup::main(&args),
         Verb::Build(args) => build::main(&args),
         Verb::Test(args) => test::main(&args),

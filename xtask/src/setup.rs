@@ -14,7 +14,9 @@ use crate::{proc, ui};
 pub(crate) enum Group {
     /// Compile the program, the eBPF object included
     Build,
-    /// Run every test ring and the demo
+    /// Run the demo
+    Demo,
+    /// Run every test ring
     Test,
     /// Run the benches' rivals
     Bench,
@@ -35,7 +37,7 @@ pub(crate) struct Args {
 
 /// Debian packages that serve one purpose.
 struct Packages {
-    group: Group,
+    groups: &'static [Group],
     why: &'static str,
     names: &'static [&'static str],
 }
@@ -43,33 +45,37 @@ struct Packages {
 /// The compiler part comes from Debian because its `libstd-rust-web-dev-bpf` brings a prebuilt `core` for BPF, which
 /// elsewhere takes a nightly compiler; its LLVM must be the one that bpf-linker is built with.
 const BPF_COMPILER: Packages = Packages {
-    group: Group::Build,
+    groups: &[Group::Build],
     why: "a Rust compiler with a prebuilt `core` for BPF",
     names: &["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"],
 };
 
 const PACKAGES: &[Packages] = &[
     Packages {
-        group: Group::Build,
+        groups: &[Group::Build],
         why: "linking, and the libc for static programs",
         names: &["gcc", "g++", "libc6-dev", "binutils"],
     },
     Packages {
-        group: Group::Test,
-        why: "namespaces, links and a root filesystem for test pods",
-        names: &["iproute2", "busybox-static"],
+        groups: &[Group::Demo, Group::Test],
+        why: "network namespaces and links",
+        names: &["iproute2"],
     },
     Packages {
-        group: Group::Test,
-        why: "virtual machines with other kernels",
-        names: &["qemu-system-x86", "kmod", "xz-utils", "zstd", "lz4", "cpio"],
+        groups: &[Group::Test],
+        why: "virtual machines with other kernels, and an image for test pods",
+        names: &["qemu-system-x86", "busybox-static", "kmod", "xz-utils", "zstd", "lz4"],
     },
-    Packages { group: Group::Bench, why: "what the benches compare with", names: &["runc", "etcd-server"] },
+    Packages {
+        groups: &[Group::Bench],
+        why: "what the benches compare with",
+        names: &["runc", "etcd-server"],
+    },
 ];
 
 /// To build bpf-linker; asked for only while it is missing.
 const LINKER_PACKAGES: Packages = Packages {
-    group: Group::Build,
+    groups: &[Group::Build],
     why: "to build bpf-linker",
     names: &["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev"],
 };
@@ -105,24 +111,18 @@ pub(crate) fn ensure(groups: &[Group], yes: bool) -> Result<()> {
 struct Missing {
     /// Purpose and names of packages to install.
     packages: Vec<(&'static str, Vec<&'static str>)>,
-    /// rustup is there but does not know Debian's compiler.
-    toolchain_link: bool,
     linker: bool,
 }
 
 impl Missing {
     fn look(groups: &[Group]) -> Result<Missing> {
         let mut missing = Missing::default();
-        let mut wanted: Vec<&Packages> = PACKAGES.iter().filter(|p| groups.contains(&p.group)).collect();
+        let mut wanted: Vec<&Packages> =
+            PACKAGES.iter().filter(|p| p.groups.iter().any(|group| groups.contains(group))).collect();
         if groups.contains(&Group::Build) {
-            let rustup = proc::find("rustup").is_some();
-            let toolchains = if rustup { rustup_toolchains()? } else { String::new() };
-            let nightly = rustup && nightly_has_source(&toolchains);
-            if !nightly {
+            if !Path::new(DEBIAN_BPF).exists() && !nightly_has_source() {
                 wanted.push(&BPF_COMPILER);
             }
-            let linked = toolchains.lines().any(|line| line.split(' ').next() == Some("debian"));
-            missing.toolchain_link = rustup && !linked && (!nightly || Path::new(DEBIAN_BPF).exists());
             missing.linker = !linker_serves();
             if missing.linker {
                 wanted.push(&LINKER_PACKAGES);
@@ -139,7 +139,7 @@ impl Missing {
     }
 
     fn is_empty(&self) -> bool {
-        self.packages.is_empty() && !self.toolchain_link && !self.linker
+        self.packages.is_empty() && !self.linker
     }
 
     fn names(&self) -> Vec<&'static str> {
@@ -150,11 +150,6 @@ impl Missing {
         eprintln!("To be installed:");
         for (why, names) in &self.packages {
             eprintln!("  apt packages {}: {why}", names.join(" "));
-        }
-        if self.toolchain_link {
-            eprintln!(
-                "  rustup toolchain `debian`, a link to /usr: Debian's compiler under a name cargo can use"
-            );
         }
         if self.linker {
             eprintln!("  bpf-linker {LINKER_VERSION} by `cargo install`: links the eBPF object");
@@ -172,13 +167,10 @@ impl Missing {
             }
         }
         self.install_packages()?;
-        if self.toolchain_link {
-            ui::step(
-                "rustup toolchain link debian /usr",
-                Command::new("rustup").args(["toolchain", "link", "debian", "/usr"]),
-            )?;
+        if self.linker {
+            install_linker()?;
         }
-        if self.linker { install_linker() } else { Ok(()) }
+        rebuild_object()
     }
 
     fn install_packages(&self) -> Result<()> {
@@ -218,6 +210,14 @@ fn install_linker() -> Result<()> {
     ui::step(&format!("cargo install bpf-linker {LINKER_VERSION} (some minutes)"), &mut cargo)
 }
 
+/// What was built without a BPF toolchain holds no programs; cargo does not notice by itself that one has come.
+fn rebuild_object() -> Result<()> {
+    let script = proc::root().join("ebpf/object/build.rs");
+    let file = std::fs::File::options().append(true).open(&script);
+    let touched = file.and_then(|file| file.set_modified(std::time::SystemTime::now()));
+    touched.with_context(|| format!("touch {}", script.display()))
+}
+
 /// True if a bpf-linker is there that is not older than the one we build.
 fn linker_serves() -> bool {
     let Some(path) = proc::find_tool("bpf-linker") else { return false };
@@ -230,15 +230,8 @@ fn numbers(version: &str) -> Vec<u32> {
     version.split('.').map_while(|part| part.parse().ok()).collect()
 }
 
-fn rustup_toolchains() -> Result<String> {
-    proc::output(Command::new("rustup").args(["toolchain", "list"]))
-}
-
 /// A nightly compiler with the library's source builds `core` for BPF itself.
-fn nightly_has_source(toolchains: &str) -> bool {
-    if !toolchains.lines().any(|line| line.starts_with("nightly")) {
-        return false;
-    }
+fn nightly_has_source() -> bool {
     let sysroot =
         proc::output(Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]));
     sysroot.is_ok_and(|dir| Path::new(dir.trim()).join("lib/rustlib/src/rust/library/core").exists())

@@ -18,7 +18,9 @@ pub(super) fn layers() -> io::Result<HashSet<String>> {
             continue;
         }
         // Only saves reading one table often; without the right to look at the link every table is read.
-        if std::fs::read_link(entry.path().join("ns/mnt")).is_ok_and(|namespace| !namespaces.insert(namespace)) {
+        if std::fs::read_link(entry.path().join("ns/mnt"))
+            .is_ok_and(|namespace| !namespaces.insert(namespace))
+        {
             continue;
         }
         if let Some(table) = unless_gone(std::fs::read_to_string(entry.path().join("mountinfo")))? {
