@@ -5,6 +5,7 @@
 //! the only room that knows HTTP, `controller` and `schedule` act through the registry.
 
 pub mod api;
+pub mod controller;
 pub mod limits;
 pub mod pki;
 pub mod registry;

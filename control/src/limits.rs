@@ -64,3 +64,5 @@ pub const AGENT_CONNECT_TIMEOUT_MS: u64 = 5_000;
 pub const EVENT_TTL_SECS: u64 = 3_600;
 /// How often expired events are looked for.
 pub const EVENT_SWEEP_SECS: u64 = 60;
+/// Pods that one look at a ReplicaSet creates or deletes at most.
+pub const REPLICA_BURST_MAX: usize = 500;

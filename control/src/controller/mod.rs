@@ -1,0 +1,10 @@
+//! The controllers: each turns what it observes into actions, and the driver carries them out. Invariant: a
+//! controller's file is pure (observed state in, plain-data actions out); only the driver touches the registry.
+
+mod action;
+mod claim;
+mod deployment;
+mod model;
+mod replica_set;
+#[cfg(test)]
+mod world;
