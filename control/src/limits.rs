@@ -66,3 +66,5 @@ pub const EVENT_TTL_SECS: u64 = 3_600;
 pub const EVENT_SWEEP_SECS: u64 = 60;
 /// Pods that one look at a ReplicaSet creates or deletes at most.
 pub const REPLICA_BURST_MAX: usize = 500;
+/// Endpoints in one EndpointSlice at most.
+pub const ENDPOINTS_PER_SLICE_MAX: usize = 100;

@@ -4,6 +4,7 @@
 mod action;
 mod claim;
 mod deployment;
+mod endpoint_slice;
 mod model;
 mod replica_set;
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::resource::LabelSelector;
 pub(crate) type StringMap = BTreeMap<String, String>;
 
 /// `null` reads as the type's default: clients send `"labels": null`.
-fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+pub(crate) fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
     T: Default + Deserialize<'de>,
