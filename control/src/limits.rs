@@ -68,3 +68,11 @@ pub const EVENT_SWEEP_SECS: u64 = 60;
 pub const REPLICA_BURST_MAX: usize = 500;
 /// Endpoints in one EndpointSlice at most.
 pub const ENDPOINTS_PER_SLICE_MAX: usize = 100;
+/// Objects of a Namespace that is being deleted, deleted at once.
+pub const NAMESPACE_DELETE_BURST_MAX: usize = 256;
+/// A node that has not renewed its Lease for so long is taken for unreachable.
+pub const NODE_GRACE_SECS: u64 = 40;
+/// How long a pod stays on a node that is not ready or unreachable, if it does not say so itself.
+pub const POD_EVICTION_DEFAULT_SECS: i64 = 300;
+/// How long a Node has to be missing until its pods are taken for lost.
+pub const NODE_MISSING_SECS: u64 = 40;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::model::Meta;
-use crate::resource::Kind;
+use crate::resource::{Kind, Propagation};
 
 /// An object that an action is about. With a uid it is that very object and not a later one of the same name;
 /// with a revision the action is refused if the object has changed since.
@@ -46,14 +46,6 @@ pub(crate) enum Part {
     Status,
     /// The `/finalize` subresource of a Namespace.
     Finalize,
-}
-
-/// How the dependents of a deleted object go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Propagation {
-    Background,
-    Foreground,
-    Orphan,
 }
 
 /// One step of what a controller wants done.

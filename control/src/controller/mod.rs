@@ -5,7 +5,11 @@ mod action;
 mod claim;
 mod deployment;
 mod endpoint_slice;
+mod garbage;
 mod model;
+mod namespace;
+mod node;
+mod pod_gc;
 mod replica_set;
 #[cfg(test)]
 mod world;

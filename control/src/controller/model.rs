@@ -95,6 +95,10 @@ pub(crate) struct Condition {
     pub(crate) last_update_time: Option<Timestamp>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) last_heartbeat_time: Option<Timestamp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) last_probe_time: Option<Timestamp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) observed_generation: Option<i64>,
 }
 
 /// The condition of a type, if the object has it.
@@ -453,14 +457,15 @@ pub(crate) struct NodeSpec {
     pub(crate) taints: Vec<Taint>,
 }
 
-/// A taint of a node.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+/// A taint of a node; all of its fields, so that a list of them can be written back.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Taint {
     pub(crate) key: String,
-    #[serde(deserialize_with = "or_default")]
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
     pub(crate) value: String,
     pub(crate) effect: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) time_added: Option<Timestamp>,
 }
 

@@ -15,9 +15,10 @@ use serde_json::{Map, Value, json};
 
 use self::rolling::{Bounds, Share, Size};
 use self::status::Facts;
-use super::action::{Action, Part, Propagation, Target, edit_status};
+use super::action::{Action, Part, Target, edit_status};
 use super::claim::{Owner, claim};
 use super::model::{Condition, Deployment, ReplicaSet, StringMap};
+use crate::resource::Propagation;
 use crate::resource::kinds::{DEPLOYMENTS, REPLICA_SETS};
 
 pub(crate) use self::revision::new_set_name;

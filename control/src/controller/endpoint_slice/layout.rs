@@ -7,10 +7,11 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{Endpoint, Family, MANAGED_BY, MANAGER, Observed, Port, Slice, TRIGGER_TIME};
-use crate::controller::action::{Action, Part, Propagation, Target};
+use crate::controller::action::{Action, Part, Target};
 use crate::controller::claim::controller_reference;
 use crate::controller::model::StringMap;
 use crate::limits::ENDPOINTS_PER_SLICE_MAX;
+use crate::resource::Propagation;
 use crate::resource::kinds::{ENDPOINT_SLICES, SERVICES};
 use crate::resource::object::format_time;
 

@@ -12,10 +12,11 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::action::{Action, Propagation, Target, edit_status};
+use super::action::{Action, Target, edit_status};
 use super::claim::{Owner, claim, controller_reference};
 use super::model::{Condition, Pod, ReplicaSet, contains_all};
 use crate::limits;
+use crate::resource::Propagation;
 use crate::resource::kinds::{PODS, REPLICA_SETS};
 
 /// Pods with a lower value go first when a ReplicaSet shrinks.
