@@ -76,3 +76,11 @@ pub const NODE_GRACE_SECS: u64 = 40;
 pub const POD_EVICTION_DEFAULT_SECS: i64 = 300;
 /// How long a Node has to be missing until its pods are taken for lost.
 pub const NODE_MISSING_SECS: u64 = 40;
+/// Shortest wait before a controller tries again what went wrong; it doubles with each failure.
+pub const RETRY_MIN_MS: u64 = 10;
+/// Longest wait before a controller tries again what went wrong.
+pub const RETRY_MAX_MS: u64 = 30_000;
+/// Keys that the controllers work on at a time.
+pub const CONTROLLER_WORK_MAX: usize = 128;
+/// Wait before the controllers or the scheduler list everything again after they missed events.
+pub const DRIVER_RESTART_MS: u64 = 500;

@@ -1,15 +1,41 @@
 //! The controllers: each turns what it observes into actions, and the driver carries them out. Invariant: a
-//! controller's file is pure (observed state in, plain-data actions out); only the driver touches the registry.
+//! controller's file is pure (observed state in, plain-data actions out); only `driver`, `observe`, `index` and
+//! `event` touch the registry.
 
 mod action;
 mod claim;
 mod deployment;
+mod driver;
 mod endpoint_slice;
+mod event;
 mod garbage;
+mod index;
 mod model;
 mod namespace;
 mod node;
+mod observe;
 mod pod_gc;
+mod queue;
 mod replica_set;
 #[cfg(test)]
 mod world;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::registry::Registry;
+
+pub(crate) use self::action::Target;
+pub(crate) use self::driver::now;
+pub(crate) use self::event::{Notice, record};
+
+/// What the controllers have to be told.
+#[derive(Debug, Clone, Default)]
+pub struct Config {
+    /// The cluster's CA certificate in PEM: every namespace gets it in the ConfigMap `kube-root-ca.crt`.
+    pub root_ca: Option<String>,
+}
+
+/// Runs all controllers until the shutdown. Errors are logged and what failed is tried again; nothing is returned.
+pub async fn run(registry: Registry, config: Config, shutdown: CancellationToken) {
+    driver::run(registry, config, shutdown).await;
+}

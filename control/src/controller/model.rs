@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use serde::de::Error as _;
+use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
@@ -77,6 +77,39 @@ pub(crate) struct OwnerReference {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) block_owner_deletion: Option<bool>,
 }
+
+/// Any object, when only its metadata matters.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub(crate) struct Headed {
+    pub(crate) metadata: Meta,
+}
+
+/// A view that knows which revision it is of.
+pub(crate) trait View: DeserializeOwned {
+    fn meta_mut(&mut self) -> &mut Meta;
+}
+
+macro_rules! view {
+    ($($view:ty),*) => {
+        $(impl View for $view {
+            fn meta_mut(&mut self) -> &mut Meta {
+                &mut self.metadata
+            }
+        })*
+    };
+}
+
+view!(
+    Headed,
+    Pod,
+    ReplicaSet,
+    Deployment,
+    Service,
+    Node,
+    super::namespace::Namespace,
+    super::endpoint_slice::Slice
+);
 
 /// A `metav1.Condition`-like entry of a status; absent fields stay absent when it is written back.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]

@@ -12,9 +12,10 @@ use crate::resource::kinds::{CONFIG_MAPS, NAMESPACES, SERVICE_ACCOUNTS};
 
 /// The finalizer in a Namespace's spec that this controller answers for.
 const FINALIZER: &str = "kubernetes";
-const SERVICE_ACCOUNT: &str = "default";
+/// The ServiceAccount that every Namespace has.
+pub(crate) const SERVICE_ACCOUNT: &str = "default";
 /// The ConfigMap by which pods get to know the cluster's certificate authority.
-const ROOT_CA: &str = "kube-root-ca.crt";
+pub(crate) const ROOT_CA: &str = "kube-root-ca.crt";
 
 /// A Namespace.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -127,21 +128,6 @@ fn empty(seen: &Observed) -> Vec<Action> {
 
 fn delete(target: &Target) -> Action {
     Action::Delete { target: target.clone(), grace_seconds: None, propagation: Propagation::Background }
-}
-
-/// Names of the objects that every Namespace has: their events concern its key.
-pub(crate) fn is_standard(name: &str) -> bool {
-    name == SERVICE_ACCOUNT || name == ROOT_CA
-}
-
-/// The name of the default ServiceAccount.
-pub(crate) fn service_account() -> &'static str {
-    SERVICE_ACCOUNT
-}
-
-/// The name of the root CA ConfigMap.
-pub(crate) fn root_ca() -> &'static str {
-    ROOT_CA
 }
 
 #[cfg(test)]

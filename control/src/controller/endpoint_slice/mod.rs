@@ -16,8 +16,8 @@ use self::layout::Wanted;
 use super::action::Action;
 use super::model::{Container, IntOrString, Meta, Pod, Service, ServicePort, StringMap, condition};
 
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
-const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
+pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+pub(crate) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const HEADLESS: &str = "service.kubernetes.io/headless";
 /// The value of the managed-by label of the slices that this controller writes; others are not touched.
 pub(crate) const MANAGER: &str = "endpointslice-controller.k8s.io";
