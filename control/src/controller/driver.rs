@@ -177,7 +177,8 @@ impl Driver {
     /// Lists every kind and watches it from there on. Owners come before what they own, so that they are known.
     fn subscribe(&mut self) -> Result<(), Missed> {
         let mut all: Vec<&'static Kind> = kinds::kinds().to_vec();
-        let first = [&kinds::NODES, &kinds::LEASES, &kinds::SERVICES, &kinds::DEPLOYMENTS, &kinds::REPLICA_SETS];
+        let first =
+            [&kinds::NODES, &kinds::LEASES, &kinds::SERVICES, &kinds::DEPLOYMENTS, &kinds::REPLICA_SETS];
         all.sort_by_key(|kind| first.iter().position(|f| f == kind).unwrap_or(first.len()));
         for kind in all {
             let (objects, rev) = self.registry.list(kind, None, &Selectors::everything());
@@ -220,7 +221,10 @@ impl Driver {
 
     /// Looks that ask for nothing but another look end at once; all others become a task.
     fn act(&mut self, key: Key, actions: Vec<Action>, now: Timestamp) {
-        let again = actions.iter().filter_map(|a| if let Action::Again(after) = a { Some(*after) } else { None }).min();
+        let again = actions
+            .iter()
+            .filter_map(|a| if let Action::Again(after) = a { Some(*after) } else { None })
+            .min();
         if actions.iter().all(|a| matches!(a, Action::Again(_))) {
             self.end(key, Outcome::Done(again));
             return;
@@ -317,7 +321,8 @@ impl Actor {
         async move {
             match action {
                 Action::Create { kind, namespace, body } => {
-                    let name = body["metadata"]["name"].as_str().or(body["metadata"]["generateName"].as_str());
+                    let name =
+                        body["metadata"]["name"].as_str().or(body["metadata"]["generateName"].as_str());
                     let what = format!("creating {} {namespace}/{}", kind.singular, name.unwrap_or_default());
                     let done = self.registry.create(kind, &namespace, body, WriteOpts::default()).await;
                     done.map(drop).map_err(|error| refused_create(&what, &error))
@@ -331,15 +336,26 @@ impl Actor {
                         propagation: Some(propagation),
                         dry_run: false,
                     };
-                    let done = self.registry.delete(target.kind, &target.namespace, &target.name, options).await;
+                    let done =
+                        self.registry.delete(target.kind, &target.namespace, &target.name, options).await;
                     done.map(drop).or_else(|error| refused("deleting", &target, &error))
                 }
                 Action::Event { about, warning, reason, message } => {
-                    let notice =
-                        Notice { component: self.component, about: &about, warning, reason, message: &message };
+                    let notice = Notice {
+                        component: self.component,
+                        about: &about,
+                        warning,
+                        reason,
+                        message: &message,
+                    };
                     if let Err(error) = record(&self.registry, &notice, self.now).await {
                         // What was done is done whether or not it can be told.
-                        tracing::warn!(reason, message, error = error.message, "an Event could not be written");
+                        tracing::warn!(
+                            reason,
+                            message,
+                            error = error.message,
+                            "an Event could not be written"
+                        );
                     }
                     Ok(())
                 }

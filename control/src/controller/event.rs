@@ -51,9 +51,9 @@ fn namespace(about: &Target) -> &str {
 fn name(notice: &Notice<'_>) -> String {
     let text = [&notice.about.uid, notice.component, notice.reason, notice.message].join("\n");
     // FNV-1a, 64 bits.
-    let hash = text
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
     let mut part = notice.about.name.as_str();
     if part.len() > NAME_PART_MAX {
         // Object names are ASCII; a name that is not has no boundary to respect here.

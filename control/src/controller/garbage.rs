@@ -118,7 +118,11 @@ fn collect(seen: &Observed) -> Vec<Action> {
     } else {
         Propagation::Background
     };
-    actions.push(Action::Delete { target: Target::of(seen.kind, &seen.meta), grace_seconds: None, propagation });
+    actions.push(Action::Delete {
+        target: Target::of(seen.kind, &seen.meta),
+        grace_seconds: None,
+        propagation,
+    });
     actions
 }
 
@@ -153,8 +157,7 @@ mod tests {
     }
 
     fn seen(extra: Value, owners: Vec<OwnerState>, dependents: Vec<Value>) -> Observed {
-        let dependents =
-            dependents.into_iter().map(|d| Dependent { kind: &PODS, meta: meta(d) }).collect();
+        let dependents = dependents.into_iter().map(|d| Dependent { kind: &PODS, meta: meta(d) }).collect();
         Observed { kind: &REPLICA_SETS, meta: meta(extra), owners, dependents }
     }
 
@@ -174,10 +177,14 @@ mod tests {
     #[test]
     fn what_becomes_of_an_owned_object() {
         use OwnerState::{Gone, Solid, Waiting};
-        let child = |owners: &[&str]| json!({"ownerReferences": owners.iter().map(|o| owner(o)).collect::<Vec<_>>()});
+        let child =
+            |owners: &[&str]| json!({"ownerReferences": owners.iter().map(|o| owner(o)).collect::<Vec<_>>()});
         let grandchild = json!({"ownerReferences": [owner("uid-x")]});
         let mut ring = grandchild.clone();
-        json_patch::merge(&mut ring, &json!({"deletionTimestamp": DELETED, "finalizers": ["foregroundDeletion"]}));
+        json_patch::merge(
+            &mut ring,
+            &json!({"deletionTimestamp": DELETED, "finalizers": ["foregroundDeletion"]}),
+        );
         let mut with_orphan = child(&["a"]);
         with_orphan["finalizers"] = json!(["orphan"]);
         let kept = json!({"ownerReferences": [owner("b")]});

@@ -99,7 +99,9 @@ impl Index {
             }
             ("", "nodes") => self.note_node(note)?,
             ("", "namespaces") if !note.is_deleted() => note.add(Controller::Namespace, "", &name),
-            ("", "configmaps") if name == namespace::ROOT_CA => note.add(Controller::Namespace, "", &namespace),
+            ("", "configmaps") if name == namespace::ROOT_CA => {
+                note.add(Controller::Namespace, "", &namespace)
+            }
             ("", "serviceaccounts") if note.is_deleted() => note.add(Controller::Namespace, "", &namespace),
             ("apps", "deployments") => self.note_controller(note, Controller::Deployment),
             ("apps", "replicasets") => {
@@ -148,8 +150,11 @@ impl Index {
             let (all, _) = note.registry.list(owner, Some(&index.namespace), &Selectors::everything());
             for candidate in all {
                 if selects(owner, &candidate, index)? {
-                    let controller =
-                        if owner == &kinds::DEPLOYMENTS { Controller::Deployment } else { Controller::ReplicaSet };
+                    let controller = if owner == &kinds::DEPLOYMENTS {
+                        Controller::Deployment
+                    } else {
+                        Controller::ReplicaSet
+                    };
                     note.add(controller, &candidate.index.namespace, &candidate.index.name);
                 }
             }
@@ -250,8 +255,7 @@ impl Index {
         }
         let parsed: Node = view(note.object())?;
         let reported = condition(&parsed.status.conditions, "Ready").and_then(|c| c.last_heartbeat_time);
-        let heartbeat =
-            self.heartbeats.entry(name.clone()).or_insert(Heartbeat { at: note.now, reported });
+        let heartbeat = self.heartbeats.entry(name.clone()).or_insert(Heartbeat { at: note.now, reported });
         if heartbeat.reported != reported {
             *heartbeat = Heartbeat { at: note.now, reported };
         }
@@ -276,7 +280,12 @@ impl Index {
     }
 
     /// For how long a Node has been missing.
-    pub(crate) fn missing(&mut self, node: &str, exists: bool, now: Timestamp) -> Option<std::time::Duration> {
+    pub(crate) fn missing(
+        &mut self,
+        node: &str,
+        exists: bool,
+        now: Timestamp,
+    ) -> Option<std::time::Duration> {
         if exists {
             self.missing.remove(node);
             return None;

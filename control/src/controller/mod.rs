@@ -24,10 +24,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::registry::Registry;
 
-pub(crate) use self::action::Target;
-pub(crate) use self::driver::now;
-pub(crate) use self::event::{Notice, record};
-
 /// What the controllers have to be told.
 #[derive(Debug, Clone, Default)]
 pub struct Config {

@@ -112,7 +112,10 @@ fn empty(seen: &Observed) -> Vec<Action> {
     if !seen.contents.is_empty() {
         let left: Vec<Action> =
             seen.contents.iter().filter(|c| !c.is_deleting).map(|c| delete(&c.target)).collect();
-        return left.chunks(limits::NAMESPACE_DELETE_BURST_MAX).map(|c| Action::Together(c.to_vec())).collect();
+        return left
+            .chunks(limits::NAMESPACE_DELETE_BURST_MAX)
+            .map(|c| Action::Together(c.to_vec()))
+            .collect();
     }
     let finalizers = &seen.namespace.spec.finalizers;
     if !finalizers.iter().any(|f| f == FINALIZER) {
@@ -196,7 +199,10 @@ mod tests {
     fn an_empty_dying_namespace_is_finalized() {
         let [Action::Edit { part, merge, .. }] = &reconcile(&dying())[..] else { panic!("no edit") };
         assert_eq!((*part, &merge["spec"]["finalizers"]), (Part::Finalize, &Value::Null));
-        let done = Observed { namespace: Namespace { spec: NamespaceSpec::default(), ..dying().namespace }, ..dying() };
+        let done = Observed {
+            namespace: Namespace { spec: NamespaceSpec::default(), ..dying().namespace },
+            ..dying()
+        };
         assert_eq!(reconcile(&done), []);
     }
 

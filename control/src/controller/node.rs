@@ -129,7 +129,9 @@ fn taints(seen: &Observed) -> Vec<Taint> {
             wanted.push((key, "NoExecute"));
         }
     }
-    wanted.extend(PRESSURES.iter().filter(|(kind, _)| status(kind) == "True").map(|(_, key)| (*key, "NoSchedule")));
+    wanted.extend(
+        PRESSURES.iter().filter(|(kind, _)| status(kind) == "True").map(|(_, key)| (*key, "NoSchedule")),
+    );
     if node.spec.unschedulable {
         wanted.push((UNSCHEDULABLE, "NoSchedule"));
     }
@@ -190,7 +192,10 @@ fn evict(seen: &Observed, taints: &[Taint], actions: &mut Vec<Action>) {
                     about: Target::of(&PODS, &pod.metadata),
                     warning: false,
                     reason: "TaintManagerEviction",
-                    message: format!("evicted from {}, which has a taint it does not tolerate", pod.spec.node_name),
+                    message: format!(
+                        "evicted from {}, which has a taint it does not tolerate",
+                        pod.spec.node_name
+                    ),
                 });
                 actions.push(Action::Delete {
                     target: Target::of(&PODS, &pod.metadata),
@@ -294,16 +299,31 @@ mod tests {
     #[test]
     fn taints_follow_the_conditions() {
         let none = json!([]);
-        let gone = json!([taint("unreachable", "NoSchedule", Some(T0)), taint("unreachable", "NoExecute", Some(T0))]);
+        let gone = json!([
+            taint("unreachable", "NoSchedule", Some(T0)),
+            taint("unreachable", "NoExecute", Some(T0))
+        ]);
         let own = json!([{"key": "team", "value": "a", "effect": "NoSchedule"}]);
         let cases: Vec<(Node, bool, Option<Vec<&str>>)> = vec![
             (node("True", none.clone(), false), true, None),
-            (node("False", none.clone(), false), true, Some(vec!["not-ready:NoSchedule", "not-ready:NoExecute"])),
-            (node("Unknown", none.clone(), false), true, Some(vec!["unreachable:NoSchedule", "unreachable:NoExecute"])),
+            (
+                node("False", none.clone(), false),
+                true,
+                Some(vec!["not-ready:NoSchedule", "not-ready:NoExecute"]),
+            ),
+            (
+                node("Unknown", none.clone(), false),
+                true,
+                Some(vec!["unreachable:NoSchedule", "unreachable:NoExecute"]),
+            ),
             (node("Unknown", none.clone(), false), false, Some(vec!["unreachable:NoSchedule"])),
             (node("Unknown", gone.clone(), false), true, None),
             (node("Unknown", gone.clone(), false), false, Some(vec!["unreachable:NoSchedule"])),
-            (node("False", gone.clone(), false), true, Some(vec!["not-ready:NoSchedule", "not-ready:NoExecute"])),
+            (
+                node("False", gone.clone(), false),
+                true,
+                Some(vec!["not-ready:NoSchedule", "not-ready:NoExecute"]),
+            ),
             (node("True", gone, false), true, Some(vec![])),
             (node("True", none, true), true, Some(vec!["unschedulable:NoSchedule"])),
             (node("True", json!([taint("unschedulable", "NoSchedule", None)]), false), true, Some(vec![])),
@@ -342,7 +362,10 @@ mod tests {
             json!([{"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute",
                 "tolerationSeconds": seconds}])
         };
-        let unreachable = json!([taint("unreachable", "NoSchedule", Some(T0)), taint("unreachable", "NoExecute", Some(T0))]);
+        let unreachable = json!([
+            taint("unreachable", "NoSchedule", Some(T0)),
+            taint("unreachable", "NoExecute", Some(T0))
+        ]);
         let dedicated = json!([{"key": "dedicated", "value": "x", "effect": "NoExecute", "timeAdded": T0}]);
         let cases = [
             // tolerations, taints, ready, seconds since the taint -> evicted

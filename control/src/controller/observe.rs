@@ -151,8 +151,7 @@ impl Look<'_> {
 
     /// Uids of the controllers whose pods run or are stopping.
     fn busy_sets(&self, namespace: &str) -> BTreeSet<String> {
-        let alive =
-            |pod: &ObjectIndex| !matches!(pod.phase(&kinds::PODS), "Succeeded" | "Failed");
+        let alive = |pod: &ObjectIndex| !matches!(pod.phase(&kinds::PODS), "Succeeded" | "Failed");
         let pods = self.list(&kinds::PODS, Some(namespace), alive);
         pods.iter().filter_map(|p| p.index.controller_uid()).map(str::to_owned).collect()
     }
@@ -186,7 +185,8 @@ impl Look<'_> {
         for reference in &meta.owner_references {
             owners.push(self.owner_state(&meta, reference)?);
         }
-        let is_asked = owners.contains(&OwnerState::Waiting) || (meta.is_deleting() && !meta.finalizers.is_empty());
+        let is_asked =
+            owners.contains(&OwnerState::Waiting) || (meta.is_deleting() && !meta.finalizers.is_empty());
         let dependents = if is_asked { self.dependents(kind, &meta)? } else { Vec::new() };
         Ok(garbage::reconcile(&garbage::Observed { kind, meta, owners, dependents }))
     }

@@ -22,7 +22,8 @@ pub(crate) struct Observed {
 /// What to do about the pods of one node name.
 pub(crate) fn reconcile(seen: &Observed) -> Vec<Action> {
     let Some(missing) = seen.missing else { return Vec::new() };
-    let (unbound, bound): (Vec<&Pod>, Vec<&Pod>) = seen.pods.iter().partition(|p| p.spec.node_name.is_empty());
+    let (unbound, bound): (Vec<&Pod>, Vec<&Pod>) =
+        seen.pods.iter().partition(|p| p.spec.node_name.is_empty());
     let mut actions: Vec<Action> =
         unbound.into_iter().filter(|p| p.metadata.is_deleting()).map(remove).collect();
     let grace = Duration::from_secs(limits::NODE_MISSING_SECS);
@@ -51,7 +52,9 @@ mod tests {
 
     fn pod(name: &str, node: &str, deleting: bool) -> Pod {
         let deleted = deleting.then_some("2026-01-01T00:00:00Z");
-        view(&json!({"metadata": {"name": name, "uid": name, "deletionTimestamp": deleted}, "spec": {"nodeName": node}}))
+        view(
+            &json!({"metadata": {"name": name, "uid": name, "deletionTimestamp": deleted}, "spec": {"nodeName": node}}),
+        )
     }
 
     fn removed(missing: Option<u64>, pods: Vec<Pod>) -> (Vec<String>, bool) {

@@ -29,7 +29,12 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> World {
-        World { objects: BTreeMap::new(), now: "2026-01-01T00:00:00Z".parse().expect("a time"), events: Vec::new(), rev: 0 }
+        World {
+            objects: BTreeMap::new(),
+            now: "2026-01-01T00:00:00Z".parse().expect("a time"),
+            events: Vec::new(),
+            rev: 0,
+        }
     }
 
     pub(crate) fn pass(&mut self, seconds: i64) {
@@ -109,7 +114,11 @@ impl World {
         })
     }
 
-    pub(crate) fn all<T: DeserializeOwned>(&self, kind: &'static Kind, meta: fn(&mut T) -> &mut Meta) -> Vec<T> {
+    pub(crate) fn all<T: DeserializeOwned>(
+        &self,
+        kind: &'static Kind,
+        meta: fn(&mut T) -> &mut Meta,
+    ) -> Vec<T> {
         let of_kind = self.objects.iter().filter(|((plural, _), _)| *plural == kind.plural);
         of_kind
             .map(|(_, object)| {

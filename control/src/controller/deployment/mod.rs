@@ -89,7 +89,8 @@ impl<'a> Rollout<'a> {
         let work =
             |set: &'a ReplicaSet| Work { set, replicas: set.spec.replicas, annotations: StringMap::new() };
         let current = sets.iter().position(|s| revision::same_template(s, &seen.deployment));
-        let old = sets.iter().enumerate().filter(|(i, _)| Some(*i) != current).map(|(_, s)| work(s)).collect();
+        let old =
+            sets.iter().enumerate().filter(|(i, _)| Some(*i) != current).map(|(_, s)| work(s)).collect();
         let mut conditions = seen.deployment.status.conditions.clone();
         status::note_pause(&seen.deployment, &mut conditions, seen.now);
         Rollout {
@@ -138,7 +139,9 @@ impl<'a> Rollout<'a> {
         new.annotations = revision::new_set_annotations(deployment, &new.set.metadata, next);
         let number = revision::revision(&new.set.metadata).max(next);
         self.set_revision(number);
-        if status::deadline_seconds(deployment).is_some() && self.conditions.iter().all(|c| c.kind != status::PROGRESSING) {
+        if status::deadline_seconds(deployment).is_some()
+            && self.conditions.iter().all(|c| c.kind != status::PROGRESSING)
+        {
             self.note_progress("FoundNewReplicaSet", "a ReplicaSet of this template exists");
         }
     }
@@ -155,8 +158,7 @@ impl<'a> Rollout<'a> {
     }
 
     fn note_progress(&mut self, reason: &str, message: &str) {
-        let condition =
-            status::new(status::PROGRESSING, "True", reason, message.to_owned(), self.seen.now);
+        let condition = status::new(status::PROGRESSING, "True", reason, message.to_owned(), self.seen.now);
         status::set(&mut self.conditions, condition);
     }
 
@@ -211,7 +213,8 @@ impl<'a> Rollout<'a> {
             }
             return;
         }
-        let stopping = |w: &Work<'_>| w.set.status.replicas > 0 || self.seen.busy.contains(&w.set.metadata.uid);
+        let stopping =
+            |w: &Work<'_>| w.set.status.replicas > 0 || self.seen.busy.contains(&w.set.metadata.uid);
         if self.old.iter().any(stopping) {
             return;
         }
@@ -344,8 +347,7 @@ impl Work<'_> {
     fn resize(&mut self, replicas: i64, bounds: &Bounds) {
         self.replicas = replicas;
         let annotations = revision::size_annotations(bounds).into_iter();
-        self.annotations
-            .extend(annotations.filter(|(k, v)| self.set.metadata.annotations.get(k) != Some(v)));
+        self.annotations.extend(annotations.filter(|(k, v)| self.set.metadata.annotations.get(k) != Some(v)));
     }
 
     fn edit(&self, min_ready_seconds: Option<i64>) -> Option<Action> {

@@ -105,7 +105,8 @@ pub(super) fn work_out(facts: Facts<'_>) -> (DeploymentStatus, Option<Duration>)
     let failed = facts.all.iter().find_map(|s| condition(&s.status.conditions, REPLICA_FAILURE));
     match failed {
         Some(failed) => {
-            let copied = new(REPLICA_FAILURE, &failed.status, &failed.reason, failed.message.clone(), facts.now);
+            let copied =
+                new(REPLICA_FAILURE, &failed.status, &failed.reason, failed.message.clone(), facts.now);
             set(&mut status.conditions, copied);
         }
         None => status.conditions.retain(|c| c.kind != REPLICA_FAILURE),

@@ -110,7 +110,9 @@ fn bounds_round_as_upstream_does() {
 #[test]
 fn the_new_set_grows_within_the_surge() {
     let bounds = Bounds { replicas: 10, surge: 3, unavailable: 2 };
-    for (new, total, expected) in [(0, 10, 3), (3, 13, 3), (3, 11, 5), (0, 0, 10), (12, 12, 10), (0, 20, 0), (9, 9, 10)] {
+    for (new, total, expected) in
+        [(0, 10, 3), (3, 13, 3), (3, 11, 5), (0, 0, 10), (12, 12, 10), (0, 20, 0), (9, 9, 10)]
+    {
         assert_eq!(new_size(&bounds, new, total), expected, "new {new} of {total}");
     }
 }
@@ -144,10 +146,26 @@ fn a_rescale_in_the_middle_is_proportional() {
     let share = |age, wanted, then| Share { wanted, total_max_then: then, age };
     let cases = [
         // 10 -> 15 with surge 3 and 25% kept: 13 pods become 19.
-        (Bounds { replicas: 15, surge: 4, unavailable: 3 }, vec![share(0, 8, 13), share(1, 5, 13)], vec![12, 7]),
-        (Bounds { replicas: 5, surge: 2, unavailable: 1 }, vec![share(0, 8, 13), share(1, 5, 13)], vec![4, 3]),
-        (Bounds { replicas: 0, surge: 0, unavailable: 0 }, vec![share(0, 8, 13), share(1, 5, 13)], vec![0, 0]),
-        (Bounds { replicas: 20, surge: 0, unavailable: 1 }, vec![share(0, 5, 0), share(1, 5, 0)], vec![5, 15]),
+        (
+            Bounds { replicas: 15, surge: 4, unavailable: 3 },
+            vec![share(0, 8, 13), share(1, 5, 13)],
+            vec![12, 7],
+        ),
+        (
+            Bounds { replicas: 5, surge: 2, unavailable: 1 },
+            vec![share(0, 8, 13), share(1, 5, 13)],
+            vec![4, 3],
+        ),
+        (
+            Bounds { replicas: 0, surge: 0, unavailable: 0 },
+            vec![share(0, 8, 13), share(1, 5, 13)],
+            vec![0, 0],
+        ),
+        (
+            Bounds { replicas: 20, surge: 0, unavailable: 1 },
+            vec![share(0, 5, 0), share(1, 5, 0)],
+            vec![5, 15],
+        ),
     ];
     for (bounds, shares, expected) in cases {
         assert_eq!(proportional(&bounds, &shares), expected, "{bounds:?} {shares:?}");
@@ -200,7 +218,10 @@ fn first_rollout_scale_and_history() {
     assert_eq!(set.metadata.annotation("team"), Some("a"));
     assert_eq!(set.metadata.annotation("deployment.kubernetes.io/revision"), Some("1"));
     assert_eq!(set.metadata.labels["app"], "web");
-    assert_eq!(set.metadata.labels["pod-template-hash"], world.pods()[0].metadata.labels["pod-template-hash"]);
+    assert_eq!(
+        set.metadata.labels["pod-template-hash"],
+        world.pods()[0].metadata.labels["pod-template-hash"]
+    );
     assert_eq!(reason(&world, "Progressing"), "NewReplicaSetAvailable");
     assert_eq!(reason(&world, "Available"), "MinimumReplicasAvailable");
 
@@ -215,7 +236,11 @@ fn first_rollout_scale_and_history() {
     }
     let images: Vec<String> = sizes(&world).into_iter().map(|(i, _)| i).collect();
     assert_eq!(images, ["echo:2", "echo:3", "echo:4"], "two old ones are kept");
-    assert!(world.events.contains(&format!("ScalingReplicaSet: Scaled up replica set {} from 3 to 5", set.metadata.name)));
+    assert!(
+        world
+            .events
+            .contains(&format!("ScalingReplicaSet: Scaled up replica set {} from 3 to 5", set.metadata.name))
+    );
 }
 
 #[test]

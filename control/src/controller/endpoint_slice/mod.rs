@@ -145,8 +145,10 @@ fn families(service: &Service) -> Vec<Family> {
     if spec.kind == "ExternalName" {
         return Vec::new();
     }
-    let named: Vec<Family> =
-        [Family::V4, Family::V6].into_iter().filter(|f| spec.ip_families.iter().any(|n| n == f.as_str())).collect();
+    let named: Vec<Family> = [Family::V4, Family::V6]
+        .into_iter()
+        .filter(|f| spec.ip_families.iter().any(|n| n == f.as_str()))
+        .collect();
     if !named.is_empty() {
         return named;
     }

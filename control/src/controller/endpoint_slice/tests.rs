@@ -52,7 +52,8 @@ fn apply(seen: &mut Observed, actions: &[Action], names: &mut usize) -> usize {
                 writes += 1;
             }
             Action::Edit { target, merge, .. } => {
-                let slice = seen.slices.iter_mut().find(|s| s.metadata.name == target.name).expect("the slice");
+                let slice =
+                    seen.slices.iter_mut().find(|s| s.metadata.name == target.name).expect("the slice");
                 if let Some(endpoints) = merge.get("endpoints") {
                     slice.endpoints = view(endpoints);
                 }
@@ -136,7 +137,8 @@ fn conditions_follow_readiness_and_deletion() {
         let service = service(json!({"spec": {"publishNotReadyAddresses": publish}}));
         let mut seen = seen(service, vec![pod(1, extra.clone())], vec![]);
         settle(&mut seen, &mut 0);
-        let expected = Conditions { ready: Some(ready), serving: Some(serving), terminating: Some(terminating) };
+        let expected =
+            Conditions { ready: Some(ready), serving: Some(serving), terminating: Some(terminating) };
         assert_eq!(seen.slices[0].endpoints[0].conditions, expected, "{extra} {publish}");
     }
 }
@@ -170,10 +172,16 @@ fn each_family_has_slices_of_its_own() {
 #[test]
 fn named_ports_are_looked_up_in_each_pod() {
     let named = service(json!({"spec": {"ports": [{"name": "http", "port": 80, "targetPort": "web"}]}}));
-    let other = pod(2, json!({"spec": {"containers": [
-        {"name": "c", "ports": [{"name": "web", "containerPort": 7070, "protocol": "TCP"}]}]}}));
-    let udp = pod(3, json!({"spec": {"containers": [
-        {"name": "c", "ports": [{"name": "web", "containerPort": 1, "protocol": "UDP"}]}]}}));
+    let other = pod(
+        2,
+        json!({"spec": {"containers": [
+        {"name": "c", "ports": [{"name": "web", "containerPort": 7070, "protocol": "TCP"}]}]}}),
+    );
+    let udp = pod(
+        3,
+        json!({"spec": {"containers": [
+        {"name": "c", "ports": [{"name": "web", "containerPort": 1, "protocol": "UDP"}]}]}}),
+    );
     let mut seen = seen(named, vec![pod(1, json!({})), other, udp], vec![]);
     settle(&mut seen, &mut 0);
     let mut ports: Vec<Vec<u16>> =
@@ -184,7 +192,8 @@ fn named_ports_are_looked_up_in_each_pod() {
 
 #[test]
 fn services_that_are_not_ours_are_left_alone() {
-    let user_slice: Slice = view(&json!({"metadata": {"name": "by-hand", "labels": {"kubernetes.io/service-name": "web"}},
+    let user_slice: Slice =
+        view(&json!({"metadata": {"name": "by-hand", "labels": {"kubernetes.io/service-name": "web"}},
         "addressType": "IPv4", "endpoints": [{"addresses": ["192.0.2.1"], "conditions": {}}], "ports": []}));
     let without = service(json!({"spec": {"selector": null}}));
     assert_eq!(reconcile(&seen(without, vec![], vec![user_slice.clone()])), []);

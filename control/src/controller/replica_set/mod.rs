@@ -59,11 +59,8 @@ pub(crate) fn reconcile(seen: &Observed) -> Vec<Action> {
 /// Creates in growing batches: if the first pod is refused (a quota, a bad template), the others are not tried.
 fn create(set: &ReplicaSet, count: usize) -> Vec<Action> {
     let body = pod_from_template(set);
-    let one = || Action::Create {
-        kind: &PODS,
-        namespace: set.metadata.namespace.clone(),
-        body: body.clone(),
-    };
+    let one =
+        || Action::Create { kind: &PODS, namespace: set.metadata.namespace.clone(), body: body.clone() };
     let mut batches = Vec::new();
     let (mut left, mut size) = (count, 1);
     while left > 0 {

@@ -84,9 +84,13 @@ fn status_of(actions: &[Action]) -> Option<&Value> {
 
 #[test]
 fn missing_pods_are_made_in_growing_batches() {
-    for (replicas, expected) in
-        [(0, vec![]), (1, vec![1]), (2, vec![1, 1]), (10, vec![1, 2, 4, 3]), (700, vec![1, 2, 4, 8, 16, 32, 64, 128, 245])]
-    {
+    for (replicas, expected) in [
+        (0, vec![]),
+        (1, vec![1]),
+        (2, vec![1, 1]),
+        (10, vec![1, 2, 4, 3]),
+        (700, vec![1, 2, 4, 8, 16, 32, 64, 128, 245]),
+    ] {
         let actions = look(set(json!({"spec": {"replicas": replicas}})), vec![]);
         assert_eq!(batches(&actions), expected, "{replicas} replicas");
     }
@@ -126,7 +130,8 @@ fn pods_that_end_or_go_are_replaced() {
         let actions = look(set(json!({})), vec![pod("a", json!({})), pod("b", gone.clone())]);
         assert_eq!(batches(&actions), [1], "{gone}");
     }
-    let actions = look(set(json!({})), vec![pod("a", json!({})), pod("b", json!({"status": {"phase": "Pending"}}))]);
+    let actions =
+        look(set(json!({})), vec![pod("a", json!({})), pod("b", json!({"status": {"phase": "Pending"}}))]);
     assert_eq!(batches(&actions), Vec::<usize>::new());
 }
 
@@ -139,8 +144,11 @@ fn surplus_pods_go_cheapest_first() {
         ("not-ready", json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}})),
         ("cost", json!({"metadata": {"annotations": {"controller.kubernetes.io/pod-deletion-cost": "-5"}}})),
         ("crowded", json!({"spec": {"nodeName": "n2"}})),
-        ("ready-later", json!({"status": {"conditions": [
-            {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:10:00Z"}]}})),
+        (
+            "ready-later",
+            json!({"status": {"conditions": [
+            {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:10:00Z"}]}}),
+        ),
         ("restarted", json!({"status": {"containerStatuses": [{"restartCount": 4}]}})),
         ("younger", json!({"metadata": {"creationTimestamp": "2026-01-01T00:00:04Z"}})),
         ("older", json!({})),
@@ -158,8 +166,11 @@ fn surplus_pods_go_cheapest_first() {
 fn orphans_are_adopted_and_strangers_let_go() {
     let orphan = pod("orphan", json!({"metadata": {"ownerReferences": null}}));
     let stranger = pod("stranger", json!({"metadata": {"labels": {"app": "other"}}}));
-    let foreign = pod("foreign", json!({"metadata": {"ownerReferences": [
-        {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "x", "uid": "rs-2", "controller": true}]}}));
+    let foreign = pod(
+        "foreign",
+        json!({"metadata": {"ownerReferences": [
+        {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "x", "uid": "rs-2", "controller": true}]}}),
+    );
     let actions = look(set(json!({"spec": {"replicas": 1}})), vec![orphan, stranger, foreign]);
     let edits: Vec<(&str, &Value)> = actions
         .iter()
@@ -197,7 +208,11 @@ fn the_status_counts_and_settles() {
         json!({"replicas": 2, "fullyLabeledReplicas": 1, "readyReplicas": 1, "availableReplicas": 1,
             "observedGeneration": 3, "conditions": null})
     );
-    assert_eq!(look(set(json!({ "status": status })), pods), [], "a status that is right is not written again");
+    assert_eq!(
+        look(set(json!({ "status": status })), pods),
+        [],
+        "a status that is right is not written again"
+    );
 }
 
 #[test]
