@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{Server, ServerError, ServerTls};
+use crate::controller;
 use crate::limits::{EVENT_SWEEP_SECS, EVENT_TTL_SECS};
 use crate::pki::{Authority, PkiError, write_private};
 use crate::registry::{AddressRanges, Registry, advertised, index_stored};
@@ -135,17 +136,23 @@ pub async fn run_with(
     let registry = Registry::new(shared, &ranges).map_err(ControlError::Addresses)?;
     let advertise = advertised(config.advertise_address, address);
     registry.bootstrap(advertise).await.map_err(ControlError::Bootstrap)?;
-    let (tls, told) = credentials(&config, &registry, address, advertise).map_err(ControlError::Pki)?;
+    let authority = Authority::open(&config.state_dir.join("pki")).map_err(ControlError::Pki)?;
+    let (tls, told) =
+        credentials(&config, &authority, &registry, address, advertise).map_err(ControlError::Pki)?;
     let server = Server::new(listener, tls).map_err(ControlError::Server)?;
 
     let sweeper = tokio::spawn(sweep_events(registry.clone(), shutdown.clone()));
+    let settings = controller::Config { root_ca: Some(authority.certificate_pem) };
+    let controllers = tokio::spawn(controller::run(registry.clone(), settings, shutdown.clone()));
     tracing::info!(%address, revision = registry.revision(), "the API is served");
     if ready.send(told).is_err() {
         tracing::trace!("nobody waits for the start");
     }
     server.run(registry, Arc::clone(&store), shutdown).await;
-    if let Err(error) = sweeper.await {
-        tracing::error!(%error, "the sweeper of events ended badly");
+    for (what, task) in [("the sweeper of events", sweeper), ("the controllers", controllers)] {
+        if let Err(error) = task.await {
+            tracing::error!(%error, "{what} ended badly");
+        }
     }
     // Blocks until what was accepted is on disk.
     if let Err(error) = tokio::task::spawn_blocking(move || store.close()).await {
@@ -192,11 +199,11 @@ async fn open_store(config: &ControlConfig) -> Result<Arc<LogStore>, ControlErro
 
 fn credentials(
     config: &ControlConfig,
+    authority: &Authority,
     registry: &Registry,
     address: SocketAddr,
     advertise: Option<SocketAddr>,
 ) -> Result<(ServerTls, Ready), PkiError> {
-    let authority = Authority::open(&config.state_dir.join("pki"))?;
     let mut addresses = registry.api_service_addresses().to_vec();
     addresses.extend(advertise.map(|at| at.ip()));
     if !address.ip().is_unspecified() {
