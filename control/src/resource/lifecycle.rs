@@ -2,6 +2,8 @@
 //! updated and deleted. Time, uid and randomness are arguments, so every decision can be repeated.
 //!
 //! A write runs these steps, in this order:
+//! - both first turn the body into JSON of the API's types ([`conform`](super::conform), done by the `prepare` functions);
+//!   who wants to refuse or tell unknown members asks [`unknown_fields`](super::unknown_fields) before.
 //! - create: [`prepare_create`], [`default_object`](super::default_object), service addresses
 //!   ([`alloc`](super::alloc)), [`validate_create`](super::validate_create).
 //! - update (also after a patch): [`prepare_update`], `default_object`, service addresses,
@@ -14,6 +16,7 @@ use serde_json::{Map, Value, json};
 use super::error::{ApiError, Cause, CauseReason};
 use super::kinds::{self, Generation, Kind, Subresource};
 use super::object::{self, at, format_time, int_at, str_at};
+use super::types::conform;
 
 /// Finalizer that keeps an owner until its blocking dependents are gone.
 pub const FOREGROUND_FINALIZER: &str = "foregroundDeletion";
@@ -99,18 +102,6 @@ fn settle_namespace(kind: &Kind, meta: &mut Map<String, Value>, namespace: &str)
     Ok(())
 }
 
-/// Removes null members, at any depth: to a client null means absent.
-pub fn prune_nulls(value: &mut Value) {
-    match value {
-        Value::Object(map) => map.retain(|_, v| {
-            prune_nulls(v);
-            !v.is_null()
-        }),
-        Value::Array(items) => items.iter_mut().for_each(prune_nulls),
-        _ => {}
-    }
-}
-
 /// Makes a received object one that this server created: identity, generation and first status.
 pub fn prepare_create(
     kind: &Kind,
@@ -118,7 +109,7 @@ pub fn prepare_create(
     object: &mut Value,
     stamp: &Stamp,
 ) -> Result<(), ApiError> {
-    prune_nulls(object);
+    conform(kind, Subresource::Main, object)?;
     let root = as_object(kind, object)?;
     settle_type(kind, root)?;
     let meta = metadata_mut(root)?;
@@ -259,7 +250,7 @@ pub fn prepare_update(
     sub: Subresource,
     now: Timestamp,
 ) -> Result<(), ApiError> {
-    prune_nulls(new);
+    conform(kind, sub, new)?;
     match sub {
         Subresource::Main => prepare_main(kind, new, old),
         Subresource::Status => {
@@ -341,7 +332,9 @@ pub fn scale_of(object: &Value) -> Value {
     if let Some(selector) = at(object, &["spec", "selector"]) {
         scale["status"]["selector"] = Value::String(selector_text(selector));
     }
-    prune_nulls(&mut scale);
+    if let Some(meta) = scale["metadata"].as_object_mut() {
+        meta.retain(|_, v| !v.is_null());
+    }
     scale
 }
 

@@ -13,9 +13,11 @@ pub mod names;
 pub mod object;
 pub mod openapi;
 pub mod patch;
+pub mod path;
 pub mod quantity;
 pub mod selector;
 pub mod table;
+pub mod types;
 mod validate;
 
 pub use default::{default_object, qos_class};
@@ -29,4 +31,6 @@ pub use lifecycle::{
 pub use patch::{PatchType, apply_patch};
 pub use quantity::{Quantity, QuantityError};
 pub use selector::{FieldSelector, LabelSelector, Selectors};
+pub use types::protobuf;
+pub use types::{conform, unknown_fields};
 pub use validate::{validate_create, validate_update};
