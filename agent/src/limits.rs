@@ -86,3 +86,9 @@ pub const IMAGE_DOCUMENT_BYTES_MAX: u64 = 4 << 20;
 pub const IMAGE_ARCHIVE_MEMBERS_MAX: usize = 100_000;
 /// Indexes inside indexes.
 pub const IMAGE_INDEX_DEPTH_MAX: usize = 4;
+/// One answer of the kernel on a netlink socket.
+pub const NETLINK_TIMEOUT_MS: i64 = 5_000;
+/// Times that a netlink dump which changed under way is taken.
+pub const NETLINK_DUMP_TRIES_MAX: usize = 30;
+/// How long a pod's freed address is not given to another: long enough for peers to notice resets.
+pub const ADDRESS_QUARANTINE_MS: u64 = 10_000;

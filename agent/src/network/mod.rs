@@ -1,21 +1,43 @@
-//! The pod network of one node. Invariant: an address belongs to at most one pod, and a lease is on disk
-//! before the address is in the kernel and goes only after it has left the kernel.
+//! The pod network of one node. Invariant: an address belongs to at most one pod; a lease is on disk before the
+//! address is in the kernel and goes only after it has left the kernel.
 //!
-//! Pods are routed: a veth pair each, /32 and /128 addresses, a link-local gateway behind permanent
-//! neighbours; no bridge, no ARP, no duplicate address detection. Traffic to services is balanced at the
-//! socket by the data plane, not here. Traffic that leaves the pod ranges is not masqueraded yet.
+//! Pods are routed: a veth pair each, /32 and /128 addresses, a link-local gateway behind permanent neighbours; no
+//! bridge, no ARP, no duplicate address detection. Traffic to services is balanced at the socket by the data plane,
+//! not here. Traffic that leaves the pod ranges is not masqueraded yet: pods reach what has a route back to them.
 
+mod act;
+mod error;
+mod ipam;
+mod leases;
+mod netlink;
+mod node;
+mod plan;
+mod reconcile;
+
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use ipnetwork::IpNetwork;
+
+pub use error::NetworkError;
+pub use node::{NodeAddresses, node_addresses};
+
+use act::Sides;
+use leases::{Lease, Leases, Netns, check_uid};
+use netlink::Connection;
+use node::Tables;
+use plan::{Conflict, Want, is_node_link, node_link_name};
+use reconcile::{Decision, OurLink};
 
 /// Settings of the pod network.
 #[derive(Debug, Clone, Default)]
 pub struct NetworkConfig {
-    /// Where leases are kept: `<state_dir>/network`.
+    /// Leases are kept in `<state_dir>/network`.
     pub state_dir: PathBuf,
-    /// Addresses of the node, at most one a family; the source of what the node sends to its pods.
+    /// Addresses of the node, at most one a family; the source of what the node sends to its pods. Empty means those
+    /// that [`node_addresses`] finds, if any.
     pub node_ips: Vec<IpAddr>,
     /// Ranges that pods get their addresses from; a pod gets one of every family that has a range.
     pub pod_cidrs: Vec<IpNetwork>,
@@ -37,48 +59,337 @@ pub struct Attachment {
 pub struct Report {
     /// Leftovers that were removed: links and leases, in words.
     pub removed: Vec<String>,
-    /// What was missing of live pods and was put back, in words.
+    /// What was missing of live pods or of the node and was put back, in words.
     pub repaired: Vec<String>,
     /// Live pods whose network is missing and can't be put back from here (uid, why): attach them again.
     pub broken: Vec<(String, String)>,
+    /// What could not be removed or looked at, in words; the next reconciliation tries again.
+    pub failed: Vec<String>,
 }
 
-/// Why the network of a pod could not be made or removed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum NetworkError {
-    /// Not there yet.
-    #[error("{0}: the pod network is not ready yet")]
-    NotReady(&'static str),
+impl Report {
+    /// True where everything was as it should be.
+    pub fn is_clean(&self) -> bool {
+        *self == Report::default()
+    }
 }
 
-/// The pod network of this node. Cheap to clone.
+/// The pod network of this node. Cheap to clone. Its work runs on blocking threads of the runtime, in the network
+/// namespace of the process.
 #[derive(Debug, Clone)]
 pub struct Network {
-    config: std::sync::Arc<NetworkConfig>,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: NetworkConfig,
+    state: Mutex<State>,
+    /// Signalled when a pod is no longer worked on.
+    idle: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    leases: Leases,
+    /// Pods that are being worked on.
+    busy: BTreeSet<String>,
+    /// Pods that this process connected and has not disconnected.
+    connected: BTreeSet<String>,
+    facts: Facts,
+}
+
+/// What every pod's plan needs of the node.
+#[derive(Debug, Clone, Default)]
+struct Facts {
+    mtu: u32,
+    sources: Vec<IpAddr>,
 }
 
 impl Network {
     /// Reads the leases and switches forwarding on in the network namespace of the calling process.
     pub async fn open(config: NetworkConfig) -> Result<Self, NetworkError> {
-        Ok(Network { config: std::sync::Arc::new(config) })
+        let inner = blocking(move || Inner::open(config)).await?;
+        Ok(Network { inner: Arc::new(inner) })
     }
 
-    /// Connects the pod in the network namespace at `netns`. Idempotent: a pod that is connected keeps
-    /// what it has, and what is missing of it is put back.
-    pub async fn attach(&self, _uid: &str, _netns: &Path) -> Result<Attachment, NetworkError> {
-        tracing::trace!(ranges = self.config.pod_cidrs.len(), "attach");
-        Err(NetworkError::NotReady("attach"))
+    /// Connects the pod in the network namespace at `netns` (such as `/proc/<pid>/ns/net`). Idempotent: a pod that
+    /// is connected keeps what it has, what is missing of it is put back, and a pod in a new namespace keeps its
+    /// addresses.
+    pub async fn attach(&self, uid: &str, netns: &Path) -> Result<Attachment, NetworkError> {
+        let (inner, uid, netns) = (Arc::clone(&self.inner), uid.to_owned(), netns.to_owned());
+        blocking(move || inner.attach(&uid, &netns)).await
     }
 
     /// Takes the pod's link and addresses away. Idempotent; the namespace may be gone already.
-    pub async fn detach(&self, _uid: &str) -> Result<(), NetworkError> {
-        Err(NetworkError::NotReady("detach"))
+    pub async fn detach(&self, uid: &str) -> Result<(), NetworkError> {
+        let (inner, uid) = (Arc::clone(&self.inner), uid.to_owned());
+        blocking(move || inner.detach(&uid)).await
     }
 
-    /// Removes links and leases of pods that are not in `live`, and puts back what is missing of those
-    /// that are.
-    pub async fn reconcile(&self, _live: &[String]) -> Result<Report, NetworkError> {
-        Err(NetworkError::NotReady("reconcile"))
+    /// Removes links and leases of pods that are not in `live` and that this process has not connected itself, and
+    /// puts back what is missing of those that are. Call it after a start, once it is known who lives, and then
+    /// from time to time. Goes on past errors; they are in the report.
+    pub async fn reconcile(&self, live: &[String]) -> Result<Report, NetworkError> {
+        let (inner, live) = (Arc::clone(&self.inner), live.iter().cloned().collect());
+        blocking(move || inner.reconcile(&live)).await
     }
+
+    /// The pod's addresses, if it has a lease; IPv4 first.
+    pub fn addresses(&self, uid: &str) -> Option<Vec<IpAddr>> {
+        self.inner.state().leases.get(uid).map(|lease| lease.ips.clone())
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
+) -> Result<T, NetworkError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| NetworkError::Worker)?
+}
+
+impl Inner {
+    fn open(mut config: NetworkConfig) -> Result<Self, NetworkError> {
+        if !node::has_ipv6() && config.pod_cidrs.iter().any(IpNetwork::is_ipv6) {
+            tracing::warn!("the kernel has no IPv6: pods get IPv4 addresses only");
+            config.pod_cidrs.retain(IpNetwork::is_ipv4);
+        }
+        if config.pod_cidrs.is_empty() {
+            return Err(NetworkError::NoRange);
+        }
+        let (leases, dropped) = Leases::open(&config.state_dir.join("network"))?;
+        for what in dropped {
+            tracing::info!(what, "dropped a lease");
+        }
+        let state =
+            State { leases, busy: BTreeSet::new(), connected: BTreeSet::new(), facts: Facts::default() };
+        let inner = Inner { config, state: Mutex::new(state), idle: Condvar::new() };
+        for what in inner.prepare()? {
+            tracing::info!(what, "set for routing pods");
+        }
+        Ok(inner)
+    }
+
+    /// A poisoned lock is taken over: every change of the state is a single call that leaves it whole.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the node again and sets what routing needs; returns what was not so.
+    fn prepare(&self) -> Result<Vec<String>, NetworkError> {
+        let tables = Tables::read()?;
+        let uplinks = tables.uplinks(&self.config.uplinks)?;
+        let ips = match self.config.node_ips.as_slice() {
+            [] => tables.ips(&uplinks),
+            given => given.to_vec(),
+        };
+        for ip in &ips {
+            if let Some(range) = self.config.pod_cidrs.iter().find(|range| range.contains(*ip)) {
+                return Err(NetworkError::NodeInRange { ip: *ip, range: *range });
+            }
+        }
+        self.state().facts = Facts { mtu: node::mtu(&uplinks), sources: tables.sources(&ips) };
+        let v4 = self.config.pod_cidrs.iter().any(IpNetwork::is_ipv4);
+        let v6 = self.config.pod_cidrs.iter().any(IpNetwork::is_ipv6);
+        node::prepare(v4, v6, &uplinks)
+    }
+
+    /// Waits until nobody else works on the pod.
+    fn begin(&self, uid: &str) -> Working<'_> {
+        let mut state = self.state();
+        while state.busy.contains(uid) {
+            state = self.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.busy.insert(uid.to_owned());
+        Working { inner: self, uid: uid.to_owned() }
+    }
+
+    fn attach(&self, uid: &str, path: &Path) -> Result<Attachment, NetworkError> {
+        check_uid(uid)?;
+        let _working = self.begin(uid);
+        let gone = |source| NetworkError::Netns { uid: uid.to_owned(), path: path.to_owned(), source };
+        let (netns, file) = Netns::open(path).map_err(gone)?;
+        if self.state().facts.sources.len() < self.config.node_ips.len() {
+            // An address of the node was not usable yet when it was last looked at.
+            self.prepare()?;
+        }
+        let (lease, facts) = {
+            let mut state = self.state();
+            (state.leases.acquire(uid, &self.config.pod_cidrs, &netns)?, state.facts.clone())
+        };
+        let want =
+            Want { uid: uid.to_owned(), ips: lease.ips.clone(), sources: facts.sources, mtu: facts.mtu };
+        connect(&want, file, path)?;
+        self.state().connected.insert(uid.to_owned());
+        Ok(Attachment { ips: lease.ips, host_link: node_link_name(uid) })
+    }
+
+    fn detach(&self, uid: &str) -> Result<(), NetworkError> {
+        check_uid(uid)?;
+        let _working = self.begin(uid);
+        // Whatever happens now: what is left is a leftover.
+        self.state().connected.remove(uid);
+        remove_link(&node_link_name(uid))?;
+        self.state().leases.release(uid)?;
+        Ok(())
+    }
+
+    fn reconcile(&self, live: &BTreeSet<String>) -> Result<Report, NetworkError> {
+        let mut report = Report::default();
+        report.repaired.extend(self.prepare()?.into_iter().map(|what| format!("node: set {what}")));
+        let links = our_links()?;
+        let (leases, kept) = {
+            let state = self.state();
+            let leases = state.leases.all().into_iter().map(|lease| lease.uid).collect();
+            (leases, state.connected.union(&state.busy).cloned().collect())
+        };
+        for decision in reconcile::decide(&links, &leases, live, &kept) {
+            if let Err(error) = self.carry_out(&decision, &mut report) {
+                report.failed.push(in_full(&error));
+            }
+        }
+        Ok(report)
+    }
+
+    fn carry_out(&self, decision: &Decision, report: &mut Report) -> Result<(), NetworkError> {
+        match decision {
+            Decision::RemoveLink { name, owner } => {
+                let _working = owner.as_ref().map(|uid| self.begin(uid));
+                if owner.as_ref().is_some_and(|uid| self.state().connected.contains(uid)) {
+                    return Ok(());
+                }
+                if remove_link(name)? {
+                    let owner = owner.as_deref().unwrap_or("nobody knows which");
+                    report.removed.push(format!("link {name} of pod {owner}"));
+                }
+            }
+            Decision::Release { uid } => {
+                let _working = self.begin(uid);
+                let mut state = self.state();
+                if !state.connected.contains(uid) && state.leases.release(uid)? {
+                    report.removed.push(format!("lease of pod {uid}"));
+                }
+            }
+            Decision::Adopt { uid, link } => {
+                let _working = self.begin(uid);
+                let ips = self.routed_to(link)?;
+                let mut state = self.state();
+                let taken = ips.iter().find_map(|ip| state.leases.holder(*ip));
+                if let Some(other) = taken.filter(|other| other != uid) {
+                    report.broken.push((uid.clone(), format!("its address is leased to pod {other}")));
+                } else if ips.is_empty() {
+                    report.broken.push((uid.clone(), "it has neither a lease nor an address".to_owned()));
+                } else {
+                    state.leases.adopt(uid, ips)?;
+                    report.repaired.push(format!("pod {uid}: lease from the kernel's routes"));
+                }
+            }
+            Decision::Missing { uid } => {
+                report.broken.push((uid.clone(), "it is not connected".to_owned()));
+            }
+            Decision::Check { uid } => self.check(uid, report)?,
+        }
+        Ok(())
+    }
+
+    /// Puts back what is missing of a live pod.
+    fn check(&self, uid: &str, report: &mut Report) -> Result<(), NetworkError> {
+        let _working = self.begin(uid);
+        let (lease, facts) = {
+            let state = self.state();
+            (state.leases.get(uid).cloned(), state.facts.clone())
+        };
+        let Some(Lease { ips, netns, .. }) = lease else { return Ok(()) };
+        // Adopted without its namespace: the next attach tells it.
+        let Some(known) = netns else { return Ok(()) };
+        let file = match Netns::open(&known.path) {
+            Ok((now, file)) if now == known => file,
+            Ok(_) => {
+                let why = format!("{} is another network namespace now", known.path.display());
+                report.broken.push((uid.to_owned(), why));
+                return Ok(());
+            }
+            Err(error) => {
+                report.broken.push((uid.to_owned(), format!("{}: {error}", known.path.display())));
+                return Ok(());
+            }
+        };
+        let want = Want { uid: uid.to_owned(), ips, sources: facts.sources, mtu: facts.mtu };
+        let done = connect(&want, file, &known.path)?;
+        report.repaired.extend(done.into_iter().map(|step| format!("pod {uid}: {step}")));
+        Ok(())
+    }
+
+    /// Addresses of the pod ranges that the kernel routes to `link`.
+    fn routed_to(&self, link: &str) -> Result<Vec<IpAddr>, NetworkError> {
+        let tables = Tables::read()?;
+        let index = tables.links.iter().find(|l| l.name == link).map(|l| l.index);
+        let to = tables.routes.iter().filter(|route| route.link.is_some() && route.link == index);
+        let mut ips: Vec<IpAddr> = to.map(|route| route.to.ip()).collect();
+        ips.retain(|ip| self.config.pod_cidrs.iter().any(|range| range.contains(*ip)));
+        ips.sort();
+        Ok(ips)
+    }
+}
+
+/// A pod that is being worked on, by one thread at a time.
+struct Working<'a> {
+    inner: &'a Inner,
+    uid: String,
+}
+
+impl Drop for Working<'_> {
+    fn drop(&mut self) {
+        self.inner.state().busy.remove(&self.uid);
+        self.inner.idle.notify_all();
+    }
+}
+
+/// Leads from what is there to what is wanted; returns the steps that were needed, in words.
+fn connect(want: &Want, netns: std::fs::File, path: &Path) -> Result<Vec<String>, NetworkError> {
+    let uid = || want.uid.clone();
+    let mut sides = Sides::open(netns).map_err(|source| NetworkError::Netns {
+        uid: uid(),
+        path: path.to_owned(),
+        source,
+    })?;
+    let look = |source| NetworkError::Step { uid: uid(), step: "look at its links".to_owned(), source };
+    let (node, pod) = sides.observe(want).map_err(look)?;
+    let steps = plan::steps(want, &node, &pod).map_err(|conflict| match conflict {
+        Conflict::PodLink => NetworkError::PodLinkTaken { uid: uid() },
+        Conflict::NodeLink(link) => NetworkError::NodeLinkTaken { uid: uid(), link },
+    })?;
+    for step in &steps {
+        sides.apply(step).map_err(|source| NetworkError::Step {
+            uid: uid(),
+            step: step.to_string(),
+            source,
+        })?;
+    }
+    Ok(steps.iter().map(ToString::to_string).collect())
+}
+
+fn remove_link(name: &str) -> Result<bool, NetworkError> {
+    Connection::open()
+        .and_then(|mut connection| connection.delete_link(name))
+        .map_err(|source| NetworkError::Netlink { op: format!("remove link {name}"), source })
+}
+
+fn our_links() -> Result<Vec<OurLink>, NetworkError> {
+    let links = Connection::open()
+        .and_then(|mut connection| connection.links())
+        .map_err(|source| NetworkError::Netlink { op: "list links".to_owned(), source })?;
+    let ours = links.into_iter().filter(|link| is_node_link(&link.name));
+    Ok(ours.map(|link| OurLink { name: link.name, alias: link.alias }).collect())
+}
+
+/// An error with its sources.
+fn in_full(error: &NetworkError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        source = inner.source();
+    }
+    text
 }

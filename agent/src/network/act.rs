@@ -1,0 +1,182 @@
+//! Carries steps out. Invariant: decides nothing, and enters a pod's namespace only on a thread that ends with the
+//! visit, so that no thread of the agent ever runs in a namespace that is not its own.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::sync::mpsc;
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
+
+use super::error::NetworkError;
+use super::netlink::{Connection, LinkChange, Neighbour, Route, VethPair};
+use super::node::{read_sysctl, write_sysctl};
+use super::plan::{Act, Observed, POD_LINK, Side, Step, Want, node_link_name, sysctls};
+
+/// A namespace that is looked at and changed: the calling thread's.
+struct Hands {
+    connection: Connection,
+    side: Side,
+    /// Indexes by name.
+    links: HashMap<String, u32>,
+}
+
+impl Hands {
+    fn open(side: Side) -> io::Result<Self> {
+        Ok(Hands { connection: Connection::open()?, side, links: HashMap::new() })
+    }
+
+    fn observe(&mut self, name: &str, ips: &[IpAddr]) -> io::Result<Observed> {
+        let mut seen = Observed::default();
+        if self.side == Side::Pod {
+            seen.loopback_up = self.connection.link("lo")?.is_some_and(|lo| lo.up);
+        }
+        let Some(link) = self.connection.link(name)? else { return Ok(seen) };
+        let index = link.index;
+        // Dumps are of the whole namespace; on the node that is a few hundred rows.
+        if self.side == Side::Pod {
+            let addresses = self.connection.addresses()?.into_iter().filter(|a| a.link == index);
+            seen.addresses = addresses.map(|a| a.ip).collect();
+        }
+        let routes = self.connection.routes()?.into_iter().filter(|r| r.link == Some(index));
+        seen.routes = routes.map(|r| (r.to, r.via, r.src)).collect();
+        let neighbours = self.connection.neighbours()?.into_iter().filter(|n| n.link == index);
+        seen.neighbours = neighbours.map(|n| (n.ip, n.mac)).collect();
+        let settings = sysctls(self.side, name, ips).into_iter();
+        seen.sysctls = settings.filter_map(|(key, _)| Some((key.clone(), read_sysctl(&key).ok()?))).collect();
+        seen.link = Some(link);
+        Ok(seen)
+    }
+
+    fn index(&mut self, name: &str) -> io::Result<u32> {
+        if let Some(index) = self.links.get(name) {
+            return Ok(*index);
+        }
+        let link = self.connection.link(name)?;
+        let index = link.ok_or_else(|| io::Error::other(format!("link {name} is gone")))?.index;
+        self.links.insert(name.to_owned(), index);
+        Ok(index)
+    }
+
+    fn act(&mut self, act: &Act, peer: Option<&File>) -> io::Result<()> {
+        match act {
+            Act::DeleteLink { name } => {
+                self.links.clear();
+                self.connection.delete_link(name).map(drop)
+            }
+            Act::CreatePair { name, mac, peer_mac, mtu } => {
+                let peer = peer.ok_or_else(|| io::Error::other("no namespace for the other end"))?;
+                self.connection.create_veth(&VethPair {
+                    name,
+                    mac: *mac,
+                    peer_name: POD_LINK,
+                    peer_mac: *peer_mac,
+                    peer_netns: peer.as_fd(),
+                    mtu: *mtu,
+                })
+            }
+            Act::Sysctl { key, value } => write_sysctl(key, value).map_err(|error| match error {
+                NetworkError::Io { source, .. } => source,
+                other => io::Error::other(other),
+            }),
+            Act::SetLink { name, alias, mtu } => {
+                let index = self.index(name)?;
+                let change = LinkChange { up: true, mtu: *mtu, alias: alias.as_deref() };
+                self.connection.set_link(index, &change)
+            }
+            Act::Address { link, ip } => {
+                let index = self.index(link)?;
+                self.connection.set_address(index, *ip)
+            }
+            Act::Neighbour { link, ip, mac } => {
+                let neighbour = Neighbour { link: self.index(link)?, ip: *ip, mac: *mac };
+                self.connection.set_neighbour(&neighbour)
+            }
+            Act::Route { link, to, via, src } => {
+                let index = self.index(link)?;
+                let route = Route { link: Some(index), to: *to, via: *via, src: *src, metric: 0 };
+                self.connection.set_route(index, &route)
+            }
+        }
+    }
+}
+
+/// Work for the thread inside a pod's namespace.
+type Job = Box<dyn FnOnce(&mut Hands) + Send>;
+
+/// Both sides of one pod: the node's in the calling thread, the pod's on a thread of its own.
+pub(super) struct Sides {
+    node: Hands,
+    netns: File,
+    jobs: Option<mpsc::Sender<Job>>,
+    inside: Option<thread::JoinHandle<()>>,
+}
+
+impl Sides {
+    /// Enters the namespace `netns`.
+    pub(super) fn open(netns: File) -> io::Result<Self> {
+        let (jobs, work) = mpsc::channel::<Job>();
+        let (ready, entered) = mpsc::channel();
+        let door = netns.try_clone()?;
+        let inside = thread::Builder::new().name("pod-netns".to_owned()).spawn(move || {
+            let hands = setns(&door, CloneFlags::CLONE_NEWNET)
+                .map_err(io::Error::from)
+                .and_then(|()| Hands::open(Side::Pod));
+            match hands {
+                Ok(mut hands) => {
+                    // The other end waits for this answer.
+                    ready.send(Ok(())).unwrap_or_default();
+                    work.into_iter().for_each(|job| job(&mut hands));
+                }
+                Err(error) => ready.send(Err(error)).unwrap_or_default(),
+            }
+        })?;
+        entered.recv().map_err(|_| io::Error::other("the thread inside the namespace stopped"))??;
+        Ok(Sides { node: Hands::open(Side::Node)?, netns, jobs: Some(jobs), inside: Some(inside) })
+    }
+
+    fn inside<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Hands) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let stopped = || io::Error::other("the thread inside the namespace stopped");
+        let (reply, answer) = mpsc::channel();
+        let job: Job = Box::new(move |hands| reply.send(job(hands)).unwrap_or_default());
+        let jobs = self.jobs.as_ref().ok_or_else(stopped)?;
+        jobs.send(job).map_err(|_| stopped())?;
+        answer.recv().map_err(|_| stopped())?
+    }
+
+    /// What both sides have, the node's first.
+    pub(super) fn observe(&mut self, want: &Want) -> io::Result<(Observed, Observed)> {
+        let ips = want.ips.clone();
+        let pod = self.inside(move |hands| hands.observe(POD_LINK, &ips))?;
+        let node = self.node.observe(&node_link_name(&want.uid), &want.ips)?;
+        Ok((node, pod))
+    }
+
+    /// Carries out one step.
+    pub(super) fn apply(&mut self, step: &Step) -> io::Result<()> {
+        match step.side {
+            Side::Node => self.node.act(&step.act, Some(&self.netns)),
+            Side::Pod => {
+                let act = step.act.clone();
+                self.inside(move |hands| hands.act(&act, None))
+            }
+        }
+    }
+}
+
+impl Drop for Sides {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.inside.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread inside a pod's namespace panicked");
+        }
+    }
+}

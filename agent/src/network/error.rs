@@ -1,0 +1,118 @@
+//! Errors of the pod network. Invariant: a message names the pod or the object, and what to change about it.
+
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use ipnetwork::IpNetwork;
+
+/// Why the network of a pod could not be made or removed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetworkError {
+    /// The operating system refused.
+    #[error("{op} {}", path.display())]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The kernel refused a request.
+    #[error("netlink: {op}")]
+    Netlink {
+        /// What was asked.
+        op: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A step of connecting a pod failed. What was done before it stays and is found by the next try.
+    #[error("pod {uid}: {step}")]
+    Step {
+        /// The pod.
+        uid: String,
+        /// The step, in words.
+        step: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// No address is left.
+    #[error(
+        "pod {uid}: pod range {range} is used up: {leased} of its {capacity} addresses are leased and {quarantined} \
+         were freed a moment ago; remove pods or give the node a larger --pod-cidr"
+    )]
+    RangeExhausted {
+        /// The pod that got none.
+        uid: String,
+        /// The range.
+        range: IpNetwork,
+        /// Addresses of the range that pods can have.
+        capacity: u128,
+        /// Of them leased to pods.
+        leased: usize,
+        /// Of them not given again yet; the next try may succeed.
+        quarantined: usize,
+    },
+    /// The configuration has no range that this node can use.
+    #[error("no usable pod range: give --pod-cidr one of a family that the kernel has")]
+    NoRange,
+    /// Not a uid.
+    #[error("{0:?} is not a pod uid (letters, digits, '-', '_' and '.', at most 128)")]
+    Uid(String),
+    /// The namespace is not there.
+    #[error("pod {uid}: its network namespace {} can't be opened", path.display())]
+    Netns {
+        /// The pod.
+        uid: String,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The namespace has an `eth0` already.
+    #[error(
+        "pod {uid}: its network namespace has an eth0 that is not ours; remove what else connects this pod"
+    )]
+    PodLinkTaken {
+        /// The pod.
+        uid: String,
+    },
+    /// The node has a link of that name already.
+    #[error("pod {uid}: the node has a link {link} that is not this pod's; remove it (ip link del {link})")]
+    NodeLinkTaken {
+        /// The pod.
+        uid: String,
+        /// The link.
+        link: String,
+    },
+    /// A lease that can't be read.
+    #[error("lease {}", path.display())]
+    Lease {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A link that the configuration names is not there.
+    #[error("there is no link {0} (--uplink)")]
+    NoUplink(String),
+    /// No address for the node itself.
+    #[error(
+        "no address found for this node: no link with a default route and none that is up has one; give one with \
+         --node-ip"
+    )]
+    NoNodeAddress,
+    /// An address of the configuration is in a pod range.
+    #[error("the node's address {ip} is in the pod range {range}; give another --pod-cidr")]
+    NodeInRange {
+        /// The address.
+        ip: IpAddr,
+        /// The range.
+        range: IpNetwork,
+    },
+    /// A task of ours died.
+    #[error("the pod network's worker stopped")]
+    Worker,
+}

@@ -1,0 +1,445 @@
+//! What to do to connect a pod, PURE. Invariant: [`steps`] applied to what was observed gives what is wanted, and
+//! applied to what is wanted gives nothing; first attach, repeated attach and repair are one code path.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use sha2::{Digest, Sha256};
+
+use super::netlink::{Link, Mac};
+
+/// Name of a pod's link inside its namespace.
+pub(super) const POD_LINK: &str = "eth0";
+/// What the names of our links on the node start with; 12 hex digits follow.
+const NODE_LINK_PREFIX: &str = "shv";
+/// What the aliases of our links start with; the pod's uid follows.
+pub(super) const ALIAS_PREFIX: &str = "sheave pod ";
+/// A pod's gateways. Nobody has these addresses: a permanent neighbour leads to the node's end of the pair.
+const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
+const GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
+
+const EVERYTHING_V4: IpNetwork = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {
+    Some(all) => IpNetwork::V4(all),
+    None => panic!("0 is a prefix length"),
+};
+const EVERYTHING_V6: IpNetwork = match Ipv6Network::new_checked(Ipv6Addr::UNSPECIFIED, 0) {
+    Some(all) => IpNetwork::V6(all),
+    None => panic!("0 is a prefix length"),
+};
+
+/// Name of the node's end of a pod's pair: `shv` and 48 bits of the uid's hash, as names have 15 bytes.
+pub(super) fn node_link_name(uid: &str) -> String {
+    let hash = Sha256::digest(uid.as_bytes());
+    let mut name = NODE_LINK_PREFIX.to_owned();
+    for byte in &hash[..6] {
+        name.push_str(&format!("{byte:02x}"));
+    }
+    name
+}
+
+/// True for names that [`node_link_name`] gives.
+pub(super) fn is_node_link(name: &str) -> bool {
+    let hash = name.strip_prefix(NODE_LINK_PREFIX);
+    hash.is_some_and(|hash| hash.len() == 12 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
+}
+
+/// Hardware addresses of a pod's pair, the node's end first. Given at creation, so that nobody renames them; locally
+/// administered, unicast.
+fn macs(uid: &str) -> (Mac, Mac) {
+    let hash = Sha256::digest(uid.as_bytes());
+    let mac = |last: u8| [0x02, hash[6], hash[7], hash[8], hash[9], (hash[10] & 0xfe) | last];
+    (mac(0), mac(1))
+}
+
+/// What a connected pod has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Want {
+    pub(super) uid: String,
+    /// The pod's addresses.
+    pub(super) ips: Vec<IpAddr>,
+    /// Addresses that the node has and sends to its pods from, at most one a family.
+    pub(super) sources: Vec<IpAddr>,
+    pub(super) mtu: u32,
+}
+
+/// One of the two sides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Side {
+    Node,
+    Pod,
+}
+
+/// What one side has. Routes and neighbours are those of the side's link.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Observed {
+    pub(super) link: Option<Link>,
+    /// Of the pod's namespace; the node's is not looked at.
+    pub(super) loopback_up: bool,
+    pub(super) addresses: Vec<IpAddr>,
+    /// Destination, gateway, preferred source.
+    pub(super) routes: Vec<(IpNetwork, Option<IpAddr>, Option<IpAddr>)>,
+    pub(super) neighbours: Vec<(IpAddr, Mac)>,
+    /// Values of [`sysctls`], where they could be read.
+    pub(super) sysctls: BTreeMap<String, String>,
+}
+
+/// One step, applied to one side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Step {
+    pub(super) side: Side,
+    pub(super) act: Act,
+}
+
+/// What is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Act {
+    /// Removes a link, and with it its peer, routes and neighbours.
+    DeleteLink { name: String },
+    /// Makes the pair, the peer right in the pod's namespace.
+    CreatePair { name: String, mac: Mac, peer_mac: Mac, mtu: u32 },
+    /// Writes below `/proc/sys`.
+    Sysctl { key: String, value: &'static str },
+    /// Brings a link up, names its pod, sets its MTU.
+    SetLink { name: String, alias: Option<String>, mtu: Option<u32> },
+    /// Gives a link an address.
+    Address { link: String, ip: IpAddr },
+    /// Makes a permanent neighbour.
+    Neighbour { link: String, ip: IpAddr, mac: Mac },
+    /// Makes a route.
+    Route { link: String, to: IpNetwork, via: Option<IpAddr>, src: Option<IpAddr> },
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = match self.side {
+            Side::Node => "node",
+            Side::Pod => "pod",
+        };
+        match &self.act {
+            Act::DeleteLink { name } => write!(f, "remove link {name}"),
+            Act::CreatePair { name, .. } => write!(f, "make links {name} and {POD_LINK}"),
+            Act::Sysctl { key, value } => write!(f, "set {} = {value}", key.replace('/', ".")),
+            Act::SetLink { name, .. } => write!(f, "bring up link {name}"),
+            Act::Address { link, ip } => write!(f, "add address {ip} to {link}"),
+            Act::Neighbour { link, ip, .. } => write!(f, "add neighbour {ip} to {link}"),
+            Act::Route { link, to, via: None, .. } => write!(f, "add route {to} to {link}"),
+            Act::Route { link, to, via: Some(via), .. } => write!(f, "add route {to} via {via} to {link}"),
+        }?;
+        write!(f, " ({side} side)")
+    }
+}
+
+/// A link in the way that is not ours to remove.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Conflict {
+    /// The pod's namespace has an `eth0` of somebody else's.
+    PodLink,
+    /// The node has a link of that name that belongs to another pod or to nobody.
+    NodeLink(String),
+}
+
+/// The way from what is there to what is wanted.
+pub(super) fn steps(want: &Want, node: &Observed, pod: &Observed) -> Result<Vec<Step>, Conflict> {
+    let name = node_link_name(&want.uid);
+    let (mac, peer_mac) = macs(&want.uid);
+    let mut steps = Vec::new();
+    let mut step = |side, act| steps.push(Step { side, act });
+    let fresh = Observed { loopback_up: pod.loopback_up, ..Observed::default() };
+    let (mut node, mut pod) = (node, pod);
+    if !is_pair(node.link.as_ref(), pod.link.as_ref(), mac, peer_mac) {
+        match &pod.link {
+            Some(link) if link.mac == Some(peer_mac) => {
+                step(Side::Pod, Act::DeleteLink { name: POD_LINK.to_owned() });
+            }
+            Some(_) => return Err(Conflict::PodLink),
+            None => {}
+        }
+        match &node.link {
+            // Removing the pod's end may have removed it; removing what is gone is no error.
+            Some(link) if link.mac == Some(mac) => step(Side::Node, Act::DeleteLink { name: name.clone() }),
+            Some(link) => return Err(Conflict::NodeLink(link.name.clone())),
+            None => {}
+        }
+        step(Side::Node, Act::CreatePair { name: name.clone(), mac, peer_mac, mtu: want.mtu });
+        (node, pod) = (&fresh, &fresh);
+    }
+    pod_steps(want, pod, mac, &mut step);
+    node_steps(want, node, &name, peer_mac, &mut step);
+    Ok(steps)
+}
+
+/// True where both ends are there, are ours and belong to each other.
+fn is_pair(node: Option<&Link>, pod: Option<&Link>, mac: Mac, peer_mac: Mac) -> bool {
+    let (Some(node), Some(pod)) = (node, pod) else { return false };
+    node.mac == Some(mac)
+        && pod.mac == Some(peer_mac)
+        && node.peer == Some(pod.index)
+        && pod.peer == Some(node.index)
+}
+
+fn pod_steps(want: &Want, pod: &Observed, gateway_mac: Mac, step: &mut impl FnMut(Side, Act)) {
+    let link = || POD_LINK.to_owned();
+    for (key, value) in sysctls(Side::Pod, POD_LINK, &want.ips) {
+        if pod.sysctls.get(&key).is_none_or(|now| now != value) {
+            step(Side::Pod, Act::Sysctl { key, value });
+        }
+    }
+    if !pod.loopback_up {
+        step(Side::Pod, Act::SetLink { name: "lo".to_owned(), alias: None, mtu: None });
+    }
+    if let Some(act) = set_link(POD_LINK, None, want.mtu, pod.link.as_ref()) {
+        step(Side::Pod, act);
+    }
+    for ip in &want.ips {
+        if !pod.addresses.contains(ip) {
+            step(Side::Pod, Act::Address { link: link(), ip: *ip });
+        }
+    }
+    for ip in &want.ips {
+        let gateway = if ip.is_ipv4() { GATEWAY_V4 } else { GATEWAY_V6 };
+        if !pod.neighbours.contains(&(gateway, gateway_mac)) {
+            step(Side::Pod, Act::Neighbour { link: link(), ip: gateway, mac: gateway_mac });
+        }
+        let to = everything(*ip);
+        if !pod.routes.contains(&(to, Some(gateway), None)) {
+            step(Side::Pod, Act::Route { link: link(), to, via: Some(gateway), src: None });
+        }
+    }
+}
+
+fn node_steps(want: &Want, node: &Observed, name: &str, pod_mac: Mac, step: &mut impl FnMut(Side, Act)) {
+    for (key, value) in sysctls(Side::Node, name, &want.ips) {
+        if node.sysctls.get(&key).is_none_or(|now| now != value) {
+            step(Side::Node, Act::Sysctl { key, value });
+        }
+    }
+    let alias = format!("{ALIAS_PREFIX}{}", want.uid);
+    if let Some(act) = set_link(name, Some(alias), want.mtu, node.link.as_ref()) {
+        step(Side::Node, act);
+    }
+    for ip in &want.ips {
+        if !node.neighbours.contains(&(*ip, pod_mac)) {
+            step(Side::Node, Act::Neighbour { link: name.to_owned(), ip: *ip, mac: pod_mac });
+        }
+        let src = want.sources.iter().copied().find(|src| src.is_ipv4() == ip.is_ipv4());
+        let to = IpNetwork::from(*ip);
+        if !node.routes.contains(&(to, None, src)) {
+            step(Side::Node, Act::Route { link: name.to_owned(), to, via: None, src });
+        }
+    }
+}
+
+/// Up, alias and MTU, where they differ. A pair that was just made has its MTU already.
+fn set_link(name: &str, alias: Option<String>, mtu: u32, now: Option<&Link>) -> Option<Act> {
+    let mtu = now.filter(|link| link.mtu != mtu).map(|_| mtu);
+    let alias = alias.filter(|alias| now.is_none_or(|link| link.alias.as_ref() != Some(alias)));
+    let down = now.is_none_or(|link| !link.up);
+    let differs = down || alias.is_some() || mtu.is_some();
+    differs.then(|| Act::SetLink { name: name.to_owned(), alias, mtu })
+}
+
+/// The default route's destination.
+fn everything(family_of: IpAddr) -> IpNetwork {
+    if family_of.is_ipv4() { EVERYTHING_V4 } else { EVERYTHING_V6 }
+}
+
+/// Settings of a side's link, in the order they are written: before the link is up.
+pub(super) fn sysctls(side: Side, link: &str, ips: &[IpAddr]) -> Vec<(String, &'static str)> {
+    let v4 = ips.iter().any(IpAddr::is_ipv4);
+    let v6 = ips.iter().any(IpAddr::is_ipv6);
+    let mut all = Vec::new();
+    let mut set = |family: &str, key: &str, value| {
+        all.push((format!("net/{family}/conf/{link}/{key}"), value));
+    };
+    match side {
+        Side::Node => {
+            if v4 {
+                set("ipv4", "forwarding", "1");
+                // What a pod sends must come from an address that is routed to it.
+                set("ipv4", "rp_filter", "1");
+            }
+            if v6 {
+                set("ipv6", "disable_ipv6", "0");
+                // No link-local address: nothing would use it, and it would be announced and checked.
+                set("ipv6", "addr_gen_mode", "1");
+                set("ipv6", "accept_ra", "0");
+                set("ipv6", "accept_dad", "0");
+            }
+        }
+        Side::Pod => {
+            if v6 {
+                set("ipv6", "disable_ipv6", "0");
+                set("ipv6", "accept_ra", "0");
+                set("ipv6", "accept_dad", "0");
+            }
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn want(ips: &[&str]) -> Want {
+        Want {
+            uid: "0f3c".to_owned(),
+            ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+            sources: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+            mtu: 1450,
+        }
+    }
+
+    /// A kernel that does what it is told.
+    fn apply(steps: &[Step], node: &mut Observed, pod: &mut Observed) {
+        for step in steps {
+            let side = match step.side {
+                Side::Node => &mut *node,
+                Side::Pod => &mut *pod,
+            };
+            match &step.act {
+                Act::DeleteLink { .. } => {
+                    *node = Observed::default();
+                    *pod = Observed { loopback_up: pod.loopback_up, ..Observed::default() };
+                }
+                Act::CreatePair { name, mac, peer_mac, mtu } => {
+                    let link = |index, name: &str, mac, peer| Link {
+                        index,
+                        name: name.to_owned(),
+                        alias: None,
+                        mtu: *mtu,
+                        up: false,
+                        loopback: false,
+                        mac: Some(mac),
+                        peer: Some(peer),
+                    };
+                    assert!(node.link.is_none() && pod.link.is_none(), "a name is taken");
+                    node.link = Some(link(7, name, *mac, 2));
+                    pod.link = Some(link(2, POD_LINK, *peer_mac, 7));
+                }
+                Act::Sysctl { key, value } => {
+                    side.sysctls.insert(key.clone(), (*value).to_owned());
+                }
+                Act::SetLink { name, .. } if name == "lo" => side.loopback_up = true,
+                Act::SetLink { alias, mtu, .. } => {
+                    let link = side.link.as_mut().expect("a link to bring up");
+                    link.up = true;
+                    link.mtu = mtu.unwrap_or(link.mtu);
+                    link.alias = alias.clone().or(link.alias.take());
+                }
+                Act::Address { ip, .. } => side.addresses.push(*ip),
+                Act::Neighbour { ip, mac, .. } => side.neighbours.push((*ip, *mac)),
+                Act::Route { to, via, src, .. } => {
+                    assert!(side.link.as_ref().is_some_and(|link| link.up), "routes need a link that is up");
+                    side.routes.retain(|route| route.0 != *to);
+                    side.routes.push((*to, *via, *src));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_fresh_pod_gets_everything_once() {
+        let want = want(&["10.244.0.5", "fd00:244::5"]);
+        let (mut node, mut pod) = (Observed::default(), Observed::default());
+        let first = steps(&want, &node, &pod).unwrap();
+        assert!(matches!(&first[0].act, Act::CreatePair { mtu: 1450, .. }));
+        apply(&first, &mut node, &mut pod);
+        assert_eq!(steps(&want, &node, &pod).unwrap(), []);
+        assert_eq!(pod.addresses, want.ips);
+        assert_eq!(node.routes.len(), 2);
+        assert!(node.routes.contains(&(
+            "10.244.0.5/32".parse().unwrap(),
+            None,
+            Some("192.0.2.1".parse().unwrap())
+        )));
+        assert!(pod.loopback_up);
+    }
+
+    #[test]
+    fn one_family_leaves_the_other_alone() {
+        for (ip, other) in [("10.244.0.5", "ipv6"), ("fd00:244::5", "ipv4")] {
+            for step in steps(&want(&[ip]), &Observed::default(), &Observed::default()).unwrap() {
+                assert!(!format!("{step}").contains(other), "{step}");
+            }
+        }
+    }
+
+    #[test]
+    fn links_of_others_are_not_touched() {
+        let want = want(&["10.244.0.5"]);
+        let (mut node, mut pod) = (Observed::default(), Observed::default());
+        apply(&steps(&want, &node, &pod).unwrap(), &mut node, &mut pod);
+        let theirs = |side: &Observed| {
+            let mut side = side.clone();
+            side.link.as_mut().unwrap().mac = Some([6; 6]);
+            side
+        };
+        assert_eq!(steps(&want, &Observed::default(), &theirs(&pod)), Err(Conflict::PodLink));
+        let name = node_link_name("0f3c");
+        assert_eq!(steps(&want, &theirs(&node), &Observed::default()), Err(Conflict::NodeLink(name)));
+    }
+
+    #[test]
+    fn half_a_pair_is_made_anew() {
+        let want = want(&["10.244.0.5"]);
+        let (mut node, mut pod) = (Observed::default(), Observed::default());
+        apply(&steps(&want, &node, &pod).unwrap(), &mut node, &mut pod);
+        // The pod's namespace was replaced by a fresh one.
+        let (mut node, mut pod) = (node, Observed::default());
+        let again = steps(&want, &node, &pod).unwrap();
+        assert!(
+            matches!(&again[0].act, Act::DeleteLink { .. })
+                && matches!(&again[1].act, Act::CreatePair { .. })
+        );
+        apply(&again, &mut node, &mut pod);
+        assert_eq!(steps(&want, &node, &pod).unwrap(), []);
+    }
+
+    #[test]
+    fn names_fit_and_differ() {
+        assert_eq!(node_link_name("a").len(), 15);
+        assert!(is_node_link(&node_link_name("a")) && !is_node_link("shvfoo") && !is_node_link("eth0"));
+        assert_ne!(node_link_name("a"), node_link_name("b"));
+        let (node, pod) = macs("a");
+        assert_ne!(node, pod);
+        assert!(node[0] & 1 == 0 && node[0] & 2 == 2);
+    }
+
+    proptest! {
+        /// Killed after any step, and with anything removed afterwards: the next run leads to the same end.
+        #[test]
+        fn any_interruption_is_repaired(
+            v4 in any::<bool>(), stop in 0_usize..40, loss in 0_u8..12, mtu in 1280_u32..9000,
+        ) {
+            let mut want = want(if v4 { &["10.0.0.5", "fd00::5"] } else { &["fd00::5"] });
+            let (mut node, mut pod) = (Observed::default(), Observed::default());
+            let all = steps(&want, &node, &pod).unwrap();
+            apply(&all[..stop.min(all.len())], &mut node, &mut pod);
+            match loss {
+                0 => { node.routes.pop(); }
+                1 => { node.neighbours.pop(); }
+                2 => { pod.routes.pop(); }
+                3 => { pod.addresses.pop(); }
+                4 => node.link.iter_mut().for_each(|link| link.up = false),
+                5 => want.mtu = mtu,
+                6 => want.sources.clear(),
+                7 => { pod.sysctls.clear(); }
+                8 => pod = Observed::default(),
+                9 => { pod.neighbours.clear(); }
+                10 => node = Observed::default(),
+                _ => {}
+            }
+            if loss == 4 {
+                node.routes.clear();
+            }
+            let repair = steps(&want, &node, &pod).unwrap();
+            apply(&repair, &mut node, &mut pod);
+            prop_assert_eq!(steps(&want, &node, &pod).unwrap(), []);
+            prop_assert_eq!(node.link.unwrap().mtu, want.mtu);
+        }
+    }
+}
