@@ -90,5 +90,7 @@ pub const IMAGE_INDEX_DEPTH_MAX: usize = 4;
 pub const NETLINK_TIMEOUT_MS: i64 = 5_000;
 /// Times that a netlink dump which changed under way is taken.
 pub const NETLINK_DUMP_TRIES_MAX: usize = 30;
+/// From a pod's link being up at both ends to packets passing.
+pub const LINK_READY_TIMEOUT_MS: u64 = 2_000;
 /// How long a pod's freed address is not given to another: long enough for peers to notice resets.
 pub const ADDRESS_QUARANTINE_MS: u64 = 10_000;

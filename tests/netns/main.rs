@@ -2,3 +2,5 @@
 //! `runtime_` or `kernel_` also runs on the kernels of ring vm.
 
 mod kernel_basics;
+mod network_pods;
+mod network_repair;

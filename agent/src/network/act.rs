@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
 
@@ -15,6 +16,10 @@ use super::error::NetworkError;
 use super::netlink::{Connection, LinkChange, Neighbour, Route, VethPair};
 use super::node::{read_sysctl, write_sysctl};
 use super::plan::{Act, Observed, POD_LINK, Side, Step, Want, node_link_name, sysctls};
+use crate::limits;
+
+/// Pause between two looks at a link that is coming up.
+const LINK_PAUSE_US: u64 = 200;
 
 /// A namespace that is looked at and changed: the calling thread's.
 struct Hands {
@@ -87,6 +92,7 @@ impl Hands {
                 let change = LinkChange { up: true, mtu: *mtu, alias: alias.as_deref() };
                 self.connection.set_link(index, &change)
             }
+            Act::AwaitRunning { name } => self.await_running(name),
             Act::Address { link, ip } => {
                 let index = self.index(link)?;
                 self.connection.set_address(index, *ip)
@@ -99,6 +105,19 @@ impl Hands {
                 let index = self.index(link)?;
                 let route = Route { link: Some(index), to: *to, via: *via, src: *src, metric: 0 };
                 self.connection.set_route(index, &route)
+            }
+        }
+    }
+
+    fn await_running(&mut self, name: &str) -> io::Result<()> {
+        let deadline = Instant::now() + Duration::from_millis(limits::LINK_READY_TIMEOUT_MS);
+        loop {
+            // Asking makes recent kernels look at once; older ones do within milliseconds.
+            match self.connection.link(name)? {
+                Some(link) if link.running => return Ok(()),
+                Some(_) if Instant::now() < deadline => thread::sleep(Duration::from_micros(LINK_PAUSE_US)),
+                Some(_) => return Err(io::ErrorKind::TimedOut.into()),
+                None => return Err(io::Error::other(format!("link {name} is gone"))),
             }
         }
     }

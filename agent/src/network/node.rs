@@ -171,6 +171,7 @@ mod tests {
             alias: None,
             mtu,
             up: true,
+            running: true,
             loopback: name == "lo",
             mac: None,
             peer: None,

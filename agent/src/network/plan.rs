@@ -103,6 +103,8 @@ pub(super) enum Act {
     Sysctl { key: String, value: &'static str },
     /// Brings a link up, names its pod, sets its MTU.
     SetLink { name: String, alias: Option<String>, mtu: Option<u32> },
+    /// Waits until a link that is up passes packets.
+    AwaitRunning { name: String },
     /// Gives a link an address.
     Address { link: String, ip: IpAddr },
     /// Makes a permanent neighbour.
@@ -122,6 +124,7 @@ impl fmt::Display for Step {
             Act::CreatePair { name, .. } => write!(f, "make links {name} and {POD_LINK}"),
             Act::Sysctl { key, value } => write!(f, "set {} = {value}", key.replace('/', ".")),
             Act::SetLink { name, .. } => write!(f, "bring up link {name}"),
+            Act::AwaitRunning { name } => write!(f, "wait for link {name}"),
             Act::Address { link, ip } => write!(f, "add address {ip} to {link}"),
             Act::Neighbour { link, ip, .. } => write!(f, "add neighbour {ip} to {link}"),
             Act::Route { link, to, via: None, .. } => write!(f, "add route {to} to {link}"),
@@ -167,6 +170,14 @@ pub(super) fn steps(want: &Want, node: &Observed, pod: &Observed) -> Result<Vec<
     }
     pod_steps(want, pod, mac, &mut step);
     node_steps(want, node, &name, peer_mac, &mut step);
+    // Only with both ends up there is a carrier, and what is sent before the kernel has noticed it is dropped.
+    let idle = |side: &Observed| side.link.as_ref().is_none_or(|link| !link.running);
+    if idle(node) {
+        step(Side::Node, Act::AwaitRunning { name });
+    }
+    if idle(pod) {
+        step(Side::Pod, Act::AwaitRunning { name: POD_LINK.to_owned() });
+    }
     Ok(steps)
 }
 
@@ -312,6 +323,7 @@ mod tests {
                         alias: None,
                         mtu: *mtu,
                         up: false,
+                        running: false,
                         loopback: false,
                         mac: Some(mac),
                         peer: Some(peer),
@@ -329,6 +341,11 @@ mod tests {
                     link.up = true;
                     link.mtu = mtu.unwrap_or(link.mtu);
                     link.alias = alias.clone().or(link.alias.take());
+                }
+                Act::AwaitRunning { .. } => {
+                    let both = [&mut *node, &mut *pod].map(|side| side.link.as_mut().expect("a pair"));
+                    assert!(both.iter().all(|link| link.up), "waits for ever");
+                    both.into_iter().for_each(|link| link.running = true);
                 }
                 Act::Address { ip, .. } => side.addresses.push(*ip),
                 Act::Neighbour { ip, mac, .. } => side.neighbours.push((*ip, *mac)),
@@ -424,7 +441,7 @@ mod tests {
                 1 => { node.neighbours.pop(); }
                 2 => { pod.routes.pop(); }
                 3 => { pod.addresses.pop(); }
-                4 => node.link.iter_mut().for_each(|link| link.up = false),
+                4 => node.link.iter_mut().for_each(|link| (link.up, link.running) = (false, false)),
                 5 => want.mtu = mtu,
                 6 => want.sources.clear(),
                 7 => { pod.sysctls.clear(); }
@@ -435,6 +452,7 @@ mod tests {
             }
             if loss == 4 {
                 node.routes.clear();
+                pod.link.iter_mut().for_each(|link| link.running = false);
             }
             let repair = steps(&want, &node, &pod).unwrap();
             apply(&repair, &mut node, &mut pod);

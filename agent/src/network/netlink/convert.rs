@@ -157,6 +157,7 @@ pub(super) fn link(message: &Message) -> Option<Link> {
         alias: None,
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        running: message.header.flags.contains(LinkFlags::Running),
         loopback: message.header.flags.contains(LinkFlags::Loopback),
         mac: None,
         peer: None,

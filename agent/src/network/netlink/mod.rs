@@ -36,6 +36,8 @@ pub(super) struct Link {
     pub(super) alias: Option<String>,
     pub(super) mtu: u32,
     pub(super) up: bool,
+    /// Up, has a carrier, and the kernel's link watch has seen it: what is sent now is not dropped.
+    pub(super) running: bool,
     pub(super) loopback: bool,
     pub(super) mac: Option<Mac>,
     /// Index of the other end of a pair, in whichever namespace that is.
