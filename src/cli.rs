@@ -56,6 +56,9 @@ pub(crate) enum Command {
     /// Apply a manifest through the API (for hosts without kubectl)
     #[command(hide = true)]
     Apply(ApplyFlags),
+    /// Send one request to the API and print the answer (for hosts without kubectl)
+    #[command(hide = true)]
+    Raw(RawFlags),
 }
 
 #[derive(Debug, Args)]
@@ -261,6 +264,22 @@ pub(crate) struct ApplyFlags {
     /// The manifest, one or more YAML documents
     #[arg(short, long)]
     pub(crate) filename: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RawFlags {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    /// How to reach the API server [default: <state-dir>/admin.kubeconfig]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// GET, POST, PUT, PATCH (a JSON merge patch) or DELETE
+    pub(crate) method: String,
+    /// Such as /api/v1/nodes
+    pub(crate) path: String,
+    /// The body, as JSON
+    #[arg(long, value_name = "JSON")]
+    pub(crate) data: Option<String>,
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ mod agent;
 mod apply;
 mod control;
 mod image;
+mod raw;
 mod table;
 mod up;
 
@@ -29,6 +30,7 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Image(ImageCommand::List { base, output }) => image::list(&base, output),
         Command::Version => version(),
         Command::Apply(flags) => apply::run(&flags),
+        Command::Raw(flags) => raw::run(&flags),
     }
 }
 

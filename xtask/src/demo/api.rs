@@ -103,10 +103,12 @@ impl Changes {
         Ok(format!("PATCH {path} {patch}"))
     }
 
+    /// `words` are a verb and its arguments.
     fn command(&self, place: &Place, words: &[&str]) -> Command {
         let mut command =
             if self.kubectl { place.inside("kubectl") } else { place.inside(&place.programs.sheave) };
-        command.args(words).arg(format!("--kubeconfig={}", place.kubeconfig().display()));
+        let (verb, rest) = words.split_at(1);
+        command.args(verb).arg(format!("--kubeconfig={}", place.kubeconfig().display())).args(rest);
         command
     }
 }
