@@ -1,3 +1,7 @@
 //! Ring host: whole-program rules that need no privilege. One file a subject.
 
+mod api_reflector;
+mod api_requests;
+mod api_server;
+mod api_watch;
 mod controllers_rollout;
