@@ -4,8 +4,8 @@
 pub const COMMIT_OPS_MAX: usize = 512;
 /// Object bytes that one commit of the store takes at most (one object may always exceed it).
 pub const COMMIT_BYTES_MAX: usize = 8 << 20;
-/// Writes that may wait for the store's writer before callers wait themselves.
-pub const COMMIT_QUEUE_OPS: usize = 4096;
+/// How long a commit waits for writers that were there at the last one.
+pub const COMMIT_LINGER_MICROS: u64 = 1_000;
 /// Largest object that is stored, in bytes of JSON.
 pub const OBJECT_BYTES_MAX: usize = 1_500_000;
 /// Memory that redb may use to cache pages; objects are cached by us, so this is small.
@@ -34,6 +34,8 @@ pub const WRITE_TRIES: usize = 64;
 pub const FUTURE_REV_WAIT_MS: u64 = 3_000;
 /// Largest request body in bytes.
 pub const BODY_BYTES_MAX: usize = 3 << 20;
+/// Bytes of a body that is too large anyway that are still read, so that its client sees the answer.
+pub const BODY_DRAIN_BYTES_MAX: usize = 64 << 20;
 /// Reads answered at the same time, watches left out; more are turned away with 429.
 pub const READS_IN_FLIGHT_MAX: usize = 400;
 /// Writes answered at the same time; more are turned away with 429.

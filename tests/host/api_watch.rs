@@ -45,7 +45,8 @@ impl Watching {
 }
 
 fn map(name: &str, value: &str) -> Value {
-    json!({"metadata": {"name": name, "labels": {"v": value}}, "data": {"k": value}})
+    json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "labels": {"v": value}},
+        "data": {"k": value}})
 }
 
 fn event(kind: &str, name: &str, value: &str) -> (String, String, String) {

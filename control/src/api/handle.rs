@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{self, HeaderValue};
 use hyper::{Method, Request, StatusCode};
@@ -22,7 +22,9 @@ use super::negotiate::{Form, aggregated, form, json_body};
 use super::request::{Query, Target, segments, target};
 use super::respond::{self, Answer};
 use super::watch::watch;
-use crate::limits::{BODY_BYTES_MAX, READS_IN_FLIGHT_MAX, REQUEST_TIMEOUT_MS, WRITES_IN_FLIGHT_MAX};
+use crate::limits::{
+    BODY_BYTES_MAX, BODY_DRAIN_BYTES_MAX, READS_IN_FLIGHT_MAX, REQUEST_TIMEOUT_MS, WRITES_IN_FLIGHT_MAX,
+};
 use crate::registry::{Deleted, Registry, WriteOpts};
 use crate::resource::error::success_status;
 use crate::resource::lifecycle::scale_of;
@@ -343,16 +345,28 @@ fn show(
     Ok(respond::json_bytes(status, object.bytes.clone()))
 }
 
+/// Reads a body. One that is too large is read on for a while and thrown away: closing at once
+/// would take the answer away from a client that is still sending.
 async fn read_body(request: Request<Incoming>) -> Result<Bytes, ApiError> {
-    let body = request.into_body();
-    if body.size_hint().lower() > BODY_BYTES_MAX as u64 {
-        return Err(ApiError::too_large(BODY_BYTES_MAX));
+    let mut body = request.into_body();
+    let expected = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+    let mut bytes = BytesMut::with_capacity(expected.min(BODY_BYTES_MAX));
+    let mut total = 0_usize;
+    while let Some(frame) = body.frame().await {
+        let frame = frame
+            .map_err(|error| ApiError::bad_request(format!("the body of the request broke off: {error}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        total = total.saturating_add(data.len());
+        if total <= BODY_BYTES_MAX {
+            bytes.extend_from_slice(&data);
+        } else {
+            bytes = BytesMut::new();
+        }
+        if total > BODY_DRAIN_BYTES_MAX {
+            break;
+        }
     }
-    match Limited::new(body, BODY_BYTES_MAX).collect().await {
-        Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::too_large(BODY_BYTES_MAX)),
-        Err(error) => Err(ApiError::bad_request(format!("the body of the request broke off: {error}"))),
-    }
+    if total > BODY_BYTES_MAX { Err(ApiError::too_large(BODY_BYTES_MAX)) } else { Ok(bytes.freeze()) }
 }
 
 fn parse(body: &[u8]) -> Result<Value, ApiError> {

@@ -17,7 +17,8 @@ use super::{
     Change, Event, Expect, Expired, Key, Listing, Object, Op, Rev, Store, Txn, TxnError, Watch, WatchSource,
 };
 use crate::limits::{
-    COMMIT_BYTES_MAX, COMMIT_OPS_MAX, HISTORY_TRIM_IDLE_STEPS, HISTORY_TRIM_STEPS, STORE_TRIM_SECS,
+    COMMIT_BYTES_MAX, COMMIT_LINGER_MICROS, COMMIT_OPS_MAX, HISTORY_TRIM_IDLE_STEPS, HISTORY_TRIM_STEPS,
+    STORE_TRIM_SECS,
 };
 use crate::resource::ObjectIndex;
 
@@ -262,10 +263,12 @@ struct Writer<E> {
 
 impl<E: Engine> Writer<E> {
     fn run(mut self, requests: &Receiver<Request>) {
+        let mut expected = 1;
         loop {
             match requests.recv_timeout(Duration::from_secs(STORE_TRIM_SECS)) {
                 Ok(first) => {
-                    let batch = gather(first, requests);
+                    let batch = gather(first, requests, expected);
+                    expected = batch.len();
                     self.serve(batch);
                 }
                 Err(RecvTimeoutError::Timeout) => self.serve(Vec::new()),
@@ -423,15 +426,28 @@ fn holds(expect: Expect, current: Option<&Object>) -> bool {
     }
 }
 
-fn gather(first: Request, requests: &Receiver<Request>) -> Vec<Request> {
+/// Takes what waits. As long as fewer are there than were in the batch before, the others are on
+/// their way most likely: waiting for them a moment is cheaper than a commit for each half of them.
+fn gather(first: Request, requests: &Receiver<Request>, expected: usize) -> Vec<Request> {
     let size = |request: &Request| match &request.txn.op {
         Op::Put(draft) => draft.len(),
         Op::Delete => 0,
     };
+    let deadline = Instant::now() + Duration::from_micros(COMMIT_LINGER_MICROS);
     let mut bytes = size(&first);
     let mut batch = vec![first];
     while batch.len() < COMMIT_OPS_MAX && bytes < COMMIT_BYTES_MAX {
-        let Ok(request) = requests.try_recv() else { break };
+        let request = match requests.try_recv() {
+            Ok(request) => request,
+            Err(_) if batch.len() < expected => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                match requests.recv_timeout(left) {
+                    Ok(request) => request,
+                    Err(_) => break,
+                }
+            }
+            Err(_) => break,
+        };
         bytes += size(&request);
         batch.push(request);
     }
