@@ -8,6 +8,8 @@ use tokio_rustls::client::TlsStream;
 use crate::api_server::{ControlPlane, DEADLINE, Who};
 
 const MAPS: &str = "/api/v1/namespaces/default/configmaps";
+/// The controllers' own map comes when it comes.
+const OURS: &str = "fieldSelector=metadata.name!%3Dkube-root-ca.crt";
 
 /// A watch that is being read.
 struct Watching(BufReader<TlsStream<TcpStream>>);
@@ -15,7 +17,7 @@ struct Watching(BufReader<TlsStream<TcpStream>>);
 impl Watching {
     async fn open(api: &ControlPlane, query: &str, headers: &str) -> Self {
         let mut tls = api.connect(Who::Admin).await;
-        let head = format!("GET {MAPS}?watch=true&{query} HTTP/1.0\r\n{headers}\r\n");
+        let head = format!("GET {MAPS}?watch=true&{query}&{OURS} HTTP/1.0\r\n{headers}\r\n");
         tls.write_all(head.as_bytes()).await.unwrap();
         let mut this = Self(BufReader::new(tls));
         let status = this.line().await.unwrap();
@@ -161,11 +163,12 @@ async fn a_watch_ends_when_asked_with_a_bookmark() {
     let mut watch = Watching::open(&api, "timeoutSeconds=1&allowWatchBookmarks=true", "").await;
     assert_eq!(watch.brief().await, event("ADDED", "a", "1"));
     // A write to another resource moves the revision that the bookmark tells.
-    api.send("POST", "/api/v1/namespaces", &json!({"metadata": {"name": "n"}})).await;
+    let made = api.send("POST", "/api/v1/namespaces", &json!({"metadata": {"name": "n"}})).await.json();
     let mark = watch.next().await.unwrap();
     assert_eq!(mark["type"], "BOOKMARK");
-    let list = api.get(MAPS).await.json();
-    assert_eq!(mark["object"]["metadata"]["resourceVersion"], list["metadata"]["resourceVersion"]);
+    let rev =
+        |object: &Value| -> u64 { object["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap() };
+    assert!(rev(&mark["object"]) >= rev(&made));
     assert!(watch.next().await.is_none());
     api.stop().await;
 }
