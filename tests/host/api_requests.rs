@@ -229,7 +229,10 @@ async fn wrong_bodies_get_a_clear_answer_and_do_no_harm() {
     let empty = api.request(Who::Admin, &post, json, "").await;
     assert!(empty.refused(400).contains("ends too early"));
     let protobuf = "Content-Type: application/vnd.kubernetes.protobuf\r\n";
-    let refused = api.request(Who::Admin, &post, protobuf, "k8s\0").await;
+    let cut = api.request(Who::Admin, &post, protobuf, "k8s\0\u{a}\u{7f}").await;
+    assert!(cut.refused(400).contains("malformed protobuf"));
+    let cbor = "Content-Type: application/cbor\r\n";
+    let refused = api.request(Who::Admin, &post, cbor, "x").await;
     assert!(refused.refused(415).contains("accepted media types include: application/json"));
     assert!(api.send("POST", MAPS, &json!({"metadata": {}})).await.refused(422).contains("name"));
     let other = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "a"}});

@@ -18,7 +18,7 @@ use super::auth::{Identity, Verb, authorize, may_look};
 use super::list;
 use super::log::{AgentClient, logs};
 use super::metrics::Metrics;
-use super::negotiate::{Form, aggregated, form, json_body};
+use super::negotiate::{BodyForm, Form, aggregated, body_form, form};
 use super::request::{Query, Target, segments, target};
 use super::respond::{self, Answer};
 use super::watch::watch;
@@ -28,6 +28,7 @@ use crate::limits::{
 use crate::registry::{Deleted, Registry, WriteOpts};
 use crate::resource::error::success_status;
 use crate::resource::lifecycle::scale_of;
+use crate::resource::types::protobuf;
 use crate::resource::{
     ApiError, DeleteOptions, PatchType, Propagation, Selectors, Subresource, discovery, openapi,
 };
@@ -279,7 +280,7 @@ async fn answer(
             show(target, query, accepted, StatusCode::OK, object)
         }
         Verb::Create if sub == Subresource::Binding => {
-            let body = json_object(request).await?;
+            let body = read_object(request).await?;
             registry.update(kind, namespace, name, sub, body, opts()?).await?;
             let done = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"});
             Ok(respond::json(StatusCode::CREATED, &done))
@@ -288,12 +289,12 @@ async fn answer(
             if kind.namespaced && target.namespace.is_none() {
                 return Err(ApiError::method_not_allowed());
             }
-            let body = json_object(request).await?;
+            let body = read_object(request).await?;
             let made = registry.create(kind, namespace, body, opts()?).await?;
             show(target, query, accepted, StatusCode::CREATED, made)
         }
         Verb::Update => {
-            let body = json_object(request).await?;
+            let body = read_object(request).await?;
             let stored = registry.update(kind, namespace, name, sub, body, opts()?).await?;
             show(target, query, accepted, StatusCode::OK, stored)
         }
@@ -376,9 +377,19 @@ fn parse(body: &[u8]) -> Result<Value, ApiError> {
     })
 }
 
-async fn json_object(request: Request<Incoming>) -> Result<Value, ApiError> {
-    json_body(header_text(&request, &header::CONTENT_TYPE))?;
-    let value = parse(&read_body(request).await?)?;
+/// Reads an object, which some clients send as protobuf.
+fn decode(media: BodyForm, body: &[u8]) -> Result<Value, ApiError> {
+    match media {
+        BodyForm::Json => parse(body),
+        BodyForm::Protobuf => protobuf::to_json(body).map_err(|error| {
+            ApiError::bad_request(format!("the body of the request can't be read: {error}"))
+        }),
+    }
+}
+
+async fn read_object(request: Request<Incoming>) -> Result<Value, ApiError> {
+    let media = body_form(header_text(&request, &header::CONTENT_TYPE))?;
+    let value = decode(media, &read_body(request).await?)?;
     if !value.is_object() {
         return Err(ApiError::bad_request("the body of the request must be a JSON object"));
     }
@@ -392,8 +403,7 @@ async fn delete_options(query: &Query, request: Request<Incoming>) -> Result<Del
     let mut options = if body.is_empty() {
         DeleteOptions::default()
     } else {
-        json_body(media.as_deref())?;
-        DeleteOptions::from_json(&parse(&body)?)?
+        DeleteOptions::from_json(&decode(body_form(media.as_deref())?, &body)?)?
     };
     if options.grace_period_seconds.is_none()
         && let Some(text) = query.get("gracePeriodSeconds")

@@ -3,6 +3,7 @@
 
 use crate::resource::ApiError;
 use crate::resource::discovery::Aggregated;
+use crate::resource::types::protobuf;
 
 /// The form of an object or list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,13 +62,21 @@ fn is_known(params: &[(&str, &str)]) -> bool {
     is(params, "v", "v1") || is(params, "v", "v1beta1")
 }
 
-/// Checks that a body is JSON. Protobuf gets an answer that says what to do instead.
-pub(super) fn json_body(content_type: Option<&str>) -> Result<(), ApiError> {
-    let media = content_type.unwrap_or("application/json").split(';').next().unwrap_or("").trim();
-    if media.eq_ignore_ascii_case("application/json") || media.is_empty() {
-        return Ok(());
+/// How a body is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BodyForm {
+    Json,
+    Protobuf,
+}
+
+/// Reads the `Content-Type` of an object. 415 for what can't be read.
+pub(super) fn body_form(content_type: Option<&str>) -> Result<BodyForm, ApiError> {
+    let media = content_type.unwrap_or("").split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+    match media.as_str() {
+        "" | "application/json" => Ok(BodyForm::Json),
+        protobuf::MEDIA_TYPE => Ok(BodyForm::Protobuf),
+        _ => Err(ApiError::unsupported_media_type(&media, &["application/json", protobuf::MEDIA_TYPE])),
     }
-    Err(ApiError::unsupported_media_type(media, &["application/json"]))
 }
 
 #[cfg(test)]
@@ -102,8 +111,9 @@ mod tests {
 
     #[test]
     fn bodies() {
-        assert!(json_body(None).is_ok());
-        assert!(json_body(Some("application/json; charset=utf-8")).is_ok());
-        assert_eq!(json_body(Some("application/vnd.kubernetes.protobuf")).unwrap_err().code, 415);
+        assert_eq!(body_form(None).unwrap(), BodyForm::Json);
+        assert_eq!(body_form(Some("application/json; charset=utf-8")).unwrap(), BodyForm::Json);
+        assert_eq!(body_form(Some("application/vnd.kubernetes.protobuf")).unwrap(), BodyForm::Protobuf);
+        assert_eq!(body_form(Some("application/cbor")).unwrap_err().code, 415);
     }
 }

@@ -81,6 +81,7 @@ impl Registry {
 /// Where nodes reach the server: the given address, else the one it listens on unless that is a
 /// wildcard or the loopback that other hosts can't use.
 pub fn advertised(advertise: Option<IpAddr>, listen: SocketAddr) -> Option<SocketAddr> {
-    let ip = advertise.or_else(|| (!listen.ip().is_unspecified()).then_some(listen.ip()))?;
+    let reachable = !listen.ip().is_unspecified() && !listen.ip().is_loopback();
+    let ip = advertise.or_else(|| reachable.then_some(listen.ip()))?;
     Some(SocketAddr::new(ip, listen.port()))
 }
