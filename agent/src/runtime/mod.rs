@@ -3,9 +3,14 @@
 
 pub mod image;
 
+mod capability;
+mod cgroup;
 mod error;
+mod plan;
 mod record;
+mod seccomp;
 mod spec;
+mod sys;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
