@@ -61,6 +61,30 @@ pub const SERVER_CONNECTIONS_MAX: usize = 256;
 /// TLS handshake and request head of one connection.
 pub const SERVER_HANDSHAKE_TIMEOUT_S: u64 = 10;
 
+/// Bytes of a log record's text; longer lines come in pieces.
+pub const LOG_LINE_BYTES_MAX: usize = 16 * 1024;
+/// A container's log file is rotated beyond this.
+pub const LOG_FILE_BYTES_MAX: u64 = 10 * 1024 * 1024;
+/// Log files of one run of a container, the current one included.
+pub const LOG_FILES_MAX: usize = 5;
+/// From the request until a container's program is executed.
+pub const CONTAINER_START_TIMEOUT_MS: u64 = 60_000;
+/// How long output is waited for after a container or an exec ended.
+pub const OUTPUT_DRAIN_TIMEOUT_MS: u64 = 1_000;
+/// From the end of a pod until its last process is gone.
+pub const POD_KILL_TIMEOUT_MS: u64 = 10_000;
+/// From starting a shim until its sandbox is up.
+pub const SANDBOX_START_TIMEOUT_MS: u64 = 30_000;
+/// Answer of a shim to a request that makes it wait for nothing.
+pub const SHIM_ANSWER_TIMEOUT_MS: u64 = 10_000;
+/// Size of a pod's `/dev/shm`.
+pub const POD_SHM_BYTES: u64 = 64 * 1024 * 1024;
+/// Events that a shim keeps for an agent that comes back.
+pub const SHIM_EVENTS_KEPT_MAX: usize = 256;
+/// Connections that a shim serves at once.
+pub const SHIM_CONNECTIONS_MAX: usize = 8;
+/// Commands run in one pod at once.
+pub const EXECS_PER_POD_MAX: usize = 64;
 /// Output of an exec that is kept; the rest is read and thrown away.
 pub const EXEC_OUTPUT_BYTES_MAX: usize = 64 * 1024;
 

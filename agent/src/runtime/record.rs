@@ -53,6 +53,8 @@ pub struct ContainerRecord {
     pub exit: Option<Exit>,
     /// File that its output goes to.
     pub log: PathBuf,
+    /// Directories of its image, the lowest first; in use as long as the record exists.
+    pub layers: Vec<PathBuf>,
 }
 
 /// How a container's first process ended.

@@ -55,6 +55,16 @@ pub(super) fn clone_process(namespaces: c_int, cgroup: BorrowedFd<'_>) -> io::Re
     Ok(if pid == 0 { Clone::Child } else { Clone::Parent(pid as i32) })
 }
 
+/// Forks; the child has no exit signal's handler, no other thread and a copy of everything. Only for
+/// processes with one thread.
+pub(super) fn fork() -> io::Result<Clone> {
+    // SAFETY: the caller has one thread, so no lock can be held by a thread that the child lacks.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Child => Ok(Clone::Child),
+        nix::unistd::ForkResult::Parent { child } => Ok(Clone::Parent(child.as_raw())),
+    }
+}
+
 /// Ends the process at once, without destructors or buffers.
 pub(super) fn exit_now(code: i32) -> ! {
     // SAFETY: _exit has no preconditions.
@@ -79,6 +89,16 @@ pub(super) fn fsconfig_string(fs: &OwnedFd, key: &CStr, value: &CStr) -> io::Res
             value.as_ptr(),
             0,
         )
+    })
+    .map(drop)
+}
+
+/// Sets an option that has no value.
+pub(super) fn fsconfig_flag(fs: &OwnedFd, key: &CStr) -> io::Result<()> {
+    let null = std::ptr::null::<libc::c_char>();
+    // SAFETY: the key lives through the call, a flag has no value.
+    check(unsafe {
+        libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), libc::FSCONFIG_SET_FLAG, key.as_ptr(), null, 0)
     })
     .map(drop)
 }
@@ -178,6 +198,13 @@ pub(super) fn pidfd_signal(process: &OwnedFd, signal: c_int) -> io::Result<()> {
         .map(drop)
 }
 
+/// Closes every descriptor from `first` on, whoever believes to own it: only for processes that never
+/// touch one again.
+pub(super) fn close_from(first: u32) -> io::Result<()> {
+    // SAFETY: the callers own nothing anymore and open nothing afterwards.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) }).map(drop)
+}
+
 /// Sets the close-on-exec flag of every descriptor from `first` on.
 pub(super) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: CLOSE_RANGE_CLOEXEC closes nothing that anybody owns.
@@ -185,26 +212,40 @@ pub(super) fn close_on_exec_from(first: u32) -> io::Result<()> {
         .map(drop)
 }
 
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: c_int,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CapabilityWord {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// _LINUX_CAPABILITY_VERSION_3: two words a set.
+const CAPABILITY_SELF: CapabilityHeader = CapabilityHeader { version: 0x2008_0522, pid: 0 };
+
 /// Sets the three capability sets of this process to `set` (effective and permitted) and none
 /// (inheritable).
 pub(super) fn set_capabilities(set: u64) -> io::Result<()> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: c_int,
-    }
-    #[repr(C)]
-    #[derive(Clone, Copy)]
-    struct Data {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    let header = Header { version: 0x2008_0522, pid: 0 }; // _LINUX_CAPABILITY_VERSION_3
-    let word = |bits: u32| Data { effective: bits, permitted: bits, inheritable: 0 };
+    let word = |bits: u32| CapabilityWord { effective: bits, permitted: bits, inheritable: 0 };
     let data = [word(set as u32), word((set >> 32) as u32)];
-    // SAFETY: version 3 reads one header and two data words, both of which live through the call.
+    let header = CAPABILITY_SELF;
+    // SAFETY: version 3 reads one header and two words, all of which live through the call.
     check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) }).map(drop)
+}
+
+/// The permitted capabilities of this process.
+pub(super) fn permitted_capabilities() -> io::Result<u64> {
+    let mut data = [CapabilityWord { effective: 0, permitted: 0, inheritable: 0 }; 2];
+    let header = CAPABILITY_SELF;
+    // SAFETY: version 3 reads one header and writes two words, all of which live through the call.
+    check(unsafe { libc::syscall(libc::SYS_capget, &raw const header, data.as_mut_ptr()) })?;
+    Ok(u64::from(data[0].permitted) | u64::from(data[1].permitted) << 32)
 }
 
 fn prctl(option: c_int, argument: libc::c_ulong) -> io::Result<()> {
@@ -235,6 +276,12 @@ pub(super) fn set_no_new_privs() -> io::Result<()> {
 /// Other processes may not look into this one; undone by exec.
 pub(super) fn set_undumpable() -> io::Result<()> {
     prctl(libc::PR_SET_DUMPABLE, 0)
+}
+
+/// Names this process in `ps`; at most 15 bytes are shown.
+pub(super) fn set_name(name: &CStr) -> io::Result<()> {
+    // SAFETY: `name` is a C string that lives through the call.
+    check(unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0) }.into()).map(drop)
 }
 
 /// Orphaned descendants become children of this process.

@@ -197,6 +197,14 @@ impl Hierarchies {
         self.legacy_dirs(group).map(|d| d.join("tasks")).collect()
     }
 
+    /// A group's directory in each hierarchy and the name that it goes by below `/sys/fs/cgroup`.
+    pub(super) fn views(&self, group: &Path) -> Vec<(String, PathBuf)> {
+        let name =
+            |root: &Path| root.file_name().map_or("cgroup".into(), |n| n.to_string_lossy().into_owned());
+        let legacy = self.legacy.iter().zip(self.legacy_dirs(group)).map(|(h, dir)| (name(&h.root), dir));
+        legacy.chain([("unified".to_owned(), self.unified_dir(group))]).collect()
+    }
+
     /// Moves the calling process, which has one thread, into a group of every hierarchy.
     pub(super) fn join(&self, group: &Path) -> Result<()> {
         write(&self.unified_dir(group).join("cgroup.procs"), "0")?;
