@@ -4,3 +4,5 @@
 mod kernel_basics;
 mod network_pods;
 mod network_repair;
+mod runtime_bed;
+mod runtime_container;

@@ -340,7 +340,10 @@ pub(super) fn clear(layout: &Layout, uid: &str) -> Result<()> {
         let removed = hierarchies.remove(&cgroup::pod_path(qos, uid));
         result = result.and(removed.map_err(|e| group_error(uid, e)));
     }
-    let removed = hierarchies.remove(&cgroup::shim_path(uid));
+    // A process gives its locks up some time before it leaves its group.
+    let shim = cgroup::shim_path(uid);
+    let timeout = Duration::from_millis(POD_KILL_TIMEOUT_MS);
+    let removed = hierarchies.wait_empty(&shim, timeout).and_then(|_| hierarchies.remove(&shim));
     result = result.and(removed.map_err(|e| group_error(uid, e)));
     result = result.and(remove_all(&layout.pod_layers(uid)));
     if result.is_ok() {

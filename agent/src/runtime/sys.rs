@@ -315,6 +315,20 @@ pub(super) fn loopback_up() -> io::Result<()> {
         .map(drop)
 }
 
+/// Gives every signal its default action, also those that the C library keeps for itself.
+pub(super) fn reset_signals() -> io::Result<()> {
+    // The kernel's sigaction, on every architecture no longer than this; all zero is SIG_DFL.
+    let default = [0u64; 4];
+    let none = std::ptr::null::<u64>();
+    for signal in (1..=64).filter(|s| *s != libc::SIGKILL && *s != libc::SIGSTOP) {
+        // SAFETY: SIG_DFL installs no handler; the action lives through the call.
+        check(unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, size_of::<u64>())
+        })?;
+    }
+    Ok(())
+}
+
 /// Replaces the program of this process; returns only the error.
 pub(super) fn execve(path: &CStr, argv: &[CString], env: &[CString]) -> io::Error {
     match nix::unistd::execve(path, argv, env) {

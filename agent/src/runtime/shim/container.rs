@@ -393,6 +393,13 @@ fn world_writable(path: &Path) -> io::Result<()> {
 
 fn make_writable_layer(layer: &Path, upper: &Path, work: &Path) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
+    // That of an earlier try; overlayfs refuses a used one.
+    match fs::remove_dir_all(layer) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(e).stage("remove an earlier writable layer");
+        }
+        _ => {}
+    }
     let make = |path: &Path, mode| fs::DirBuilder::new().recursive(true).mode(mode).create(path);
     make(layer, 0o700).and_then(|()| make(work, 0o700)).stage("make the writable layer")?;
     // Mode and owner of the container's root directory.

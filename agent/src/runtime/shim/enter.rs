@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::signal::SigSet;
 use nix::unistd::{Gid, Uid};
 
 use super::super::plan::{self, Identity};
@@ -54,21 +54,10 @@ pub(super) fn leave_shim(output: BorrowedFd<'_>, errors: BorrowedFd<'_>) -> Resu
     nix::unistd::dup2_stdin(&null).stage("standard input")?;
     nix::unistd::dup2_stdout(output).stage("standard output")?;
     nix::unistd::dup2_stderr(errors).stage("standard error")?;
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    for signal in Signal::iterator() {
-        if signal != Signal::SIGKILL && signal != Signal::SIGSTOP {
-            reset_signal(signal, &default).stage("reset signals")?;
-        }
-    }
+    sys::reset_signals().stage("reset signals")?;
     SigSet::empty().thread_set_mask().stage("reset the signal mask")?;
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     Ok(())
-}
-
-#[expect(unsafe_code, reason = "sigaction is unsafe because of handlers; there are none here")]
-fn reset_signal(signal: Signal, default: &SigAction) -> nix::Result<()> {
-    // SAFETY: SIG_DFL installs no handler.
-    unsafe { sigaction(signal, default) }.map(drop)
 }
 
 /// Writes `oom_score_adj`. Lowering it takes CAP_SYS_RESOURCE, which a nested node lacks: then the
