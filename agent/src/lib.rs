@@ -3,6 +3,7 @@
 
 pub mod cluster;
 pub mod config;
+pub mod dataplane;
 pub mod limits;
 pub mod network;
 pub mod pod;

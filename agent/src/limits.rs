@@ -118,3 +118,14 @@ pub const NETLINK_DUMP_TRIES_MAX: usize = 30;
 pub const LINK_READY_TIMEOUT_MS: u64 = 2_000;
 /// How long a pod's freed address is not given to another: long enough for peers to notice resets.
 pub const ADDRESS_QUARANTINE_MS: u64 = 10_000;
+
+/// Map elements in one system call.
+pub const BPF_BATCH_ELEMENTS: usize = 4096;
+/// Events waiting for the data plane; the watches wait when it is full. Also the most in one round.
+pub const DATAPLANE_EVENTS_QUEUED_MAX: usize = 4096;
+/// Refused services waiting to be told to the API; more are only logged.
+pub const DATAPLANE_NOTICES_QUEUED_MAX: usize = 256;
+/// Rounds after one batch of events in which freed room lets refused services in.
+pub const DATAPLANE_ROUNDS_MAX: usize = 8;
+/// How often links and node addresses are looked after.
+pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;

@@ -6,3 +6,6 @@ mod network_pods;
 mod network_repair;
 mod runtime_bed;
 mod runtime_container;
+mod service_nodeport;
+mod service_socket;
+mod service_world;

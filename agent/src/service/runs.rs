@@ -117,7 +117,7 @@ mod tests {
         #[test]
         fn never_hands_a_slot_out_twice(steps in proptest::collection::vec((any::<bool>(), 0_u32..20, 0_u32..100), 1..200)) {
             let mut runs = Runs::new(100);
-            let mut used = vec![false; 100];
+            let mut used = [false; 100];
             let mut taken: Vec<Run> = Vec::new();
             for (give, len, base) in steps {
                 if give && !taken.is_empty() {

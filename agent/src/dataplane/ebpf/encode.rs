@@ -1,0 +1,179 @@
+//! The table's plain data to map bytes and back. Invariant: decoding what was encoded gives the same value, and what
+//! no encoder writes decodes to `None`.
+
+use crate::service::{BackendAddr, BackendId, FrontendEntry, FrontendKey, FrontendPolicy, Proto, RunWrite};
+use sheave_ebpf_abi::{
+    Address, Backend, Frontend, Frontend4Key, Frontend6Key, PROTO_TCP, PROTO_UDP, Slot, frontend_flag,
+};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+fn words(addr: Ipv6Addr) -> [u32; 4] {
+    let o = addr.octets();
+    let word = |at: usize| u32::from_ne_bytes([o[at], o[at + 1], o[at + 2], o[at + 3]]);
+    [word(0), word(4), word(8), word(12)]
+}
+
+fn from_words(words: [u32; 4]) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    for (part, word) in octets.chunks_exact_mut(4).zip(words) {
+        part.copy_from_slice(&word.to_ne_bytes());
+    }
+    Ipv6Addr::from(octets)
+}
+
+pub(super) fn address(addr: IpAddr) -> Address {
+    match addr {
+        IpAddr::V4(addr) => Address::v4(u32::from_ne_bytes(addr.octets())),
+        IpAddr::V6(addr) => Address::v6(words(addr)),
+    }
+}
+
+pub(super) fn from_address(address: &Address) -> IpAddr {
+    match address.as_v4() {
+        Some(word) => Ipv4Addr::from(word.to_ne_bytes()).into(),
+        None => from_words(address.words).into(),
+    }
+}
+
+fn proto(proto: Proto) -> u8 {
+    match proto {
+        Proto::Tcp => PROTO_TCP,
+        Proto::Udp => PROTO_UDP,
+    }
+}
+
+fn from_proto(number: u8) -> Option<Proto> {
+    match number {
+        PROTO_TCP => Some(Proto::Tcp),
+        PROTO_UDP => Some(Proto::Udp),
+        _ => None,
+    }
+}
+
+/// A frontend key in the layout of its family.
+pub(super) enum Key {
+    V4(Frontend4Key),
+    V6(Frontend6Key),
+}
+
+pub(super) fn key(key: &FrontendKey) -> Key {
+    let (port, proto) = (key.port.to_be(), proto(key.proto));
+    match key.addr {
+        IpAddr::V4(addr) => {
+            Key::V4(Frontend4Key { addr: u32::from_ne_bytes(addr.octets()), port, proto, pad: 0 })
+        }
+        IpAddr::V6(addr) => Key::V6(Frontend6Key { addr: words(addr), port, proto, pad: 0 }),
+    }
+}
+
+pub(super) fn from_key4(key: &Frontend4Key) -> Option<FrontendKey> {
+    let addr = Ipv4Addr::from(key.addr.to_ne_bytes()).into();
+    Some(FrontendKey { addr, port: u16::from_be(key.port), proto: from_proto(key.proto)? })
+}
+
+pub(super) fn from_key6(key: &Frontend6Key) -> Option<FrontendKey> {
+    let addr = from_words(key.addr).into();
+    Some(FrontendKey { addr, port: u16::from_be(key.port), proto: from_proto(key.proto)? })
+}
+
+pub(super) fn frontend(entry: &FrontendEntry) -> Frontend {
+    let mut flags = 0;
+    for (set, flag) in [
+        (entry.policy.node_port, frontend_flag::NODE_PORT),
+        (entry.policy.internal_local, frontend_flag::INTERNAL_LOCAL),
+        (entry.policy.external_local, frontend_flag::EXTERNAL_LOCAL),
+    ] {
+        if set {
+            flags |= flag;
+        }
+    }
+    Frontend {
+        service: entry.service,
+        base: entry.base,
+        local_ready: entry.counts[0],
+        remote_ready: entry.counts[1],
+        local_terminating: entry.counts[2],
+        remote_terminating: entry.counts[3],
+        flags,
+        affinity_timeout_s: 0,
+        maglev: 0,
+        pad: 0,
+    }
+}
+
+pub(super) fn from_frontend(value: &Frontend) -> FrontendEntry {
+    FrontendEntry {
+        service: value.service,
+        base: value.base,
+        counts: [value.local_ready, value.remote_ready, value.local_terminating, value.remote_terminating],
+        policy: FrontendPolicy {
+            node_port: value.flags & frontend_flag::NODE_PORT != 0,
+            internal_local: value.flags & frontend_flag::INTERNAL_LOCAL != 0,
+            external_local: value.flags & frontend_flag::EXTERNAL_LOCAL != 0,
+        },
+    }
+}
+
+pub(super) fn backend(id: BackendId, at: &BackendAddr) -> Backend {
+    Backend { addr: address(at.addr), id, port: at.port.to_be(), proto: proto(at.proto), flags: 0 }
+}
+
+pub(super) fn from_backend(value: &Backend) -> Option<BackendAddr> {
+    Some(BackendAddr {
+        addr: from_address(&value.addr),
+        port: u16::from_be(value.port),
+        proto: from_proto(value.proto)?,
+    })
+}
+
+/// The slots of a run with their indexes.
+pub(super) fn slots(run: &RunWrite) -> impl Iterator<Item = (u32, Slot)> + '_ {
+    (run.base..).zip(run.backends.iter().map(|backend| Slot { backend: *backend, service: run.service }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_comes_back() {
+        for addr in ["10.96.0.1", "0.0.0.0", "fd00:96::1", "::"] {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                let addr: IpAddr = addr.parse().unwrap();
+                let wanted = FrontendKey { addr, port: 30_080, proto };
+                let found = match key(&wanted) {
+                    Key::V4(key) => from_key4(&key),
+                    Key::V6(key) => from_key6(&key),
+                };
+                assert_eq!(found, Some(wanted));
+                let at = BackendAddr { addr, port: 8080, proto };
+                assert_eq!(from_backend(&backend(7, &at)), Some(at));
+                assert_eq!(from_address(&address(addr)), addr);
+            }
+        }
+        for bits in 0..8 {
+            let policy = FrontendPolicy {
+                node_port: bits & 1 != 0,
+                internal_local: bits & 2 != 0,
+                external_local: bits & 4 != 0,
+            };
+            let entry = FrontendEntry { service: 9, base: 40, counts: [1, 2, 3, 4], policy };
+            assert_eq!(from_frontend(&frontend(&entry)), entry);
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_wire() {
+        let Key::V4(key) = key(&FrontendKey { addr: [10, 1, 2, 3].into(), port: 0x1234, proto: Proto::Udp })
+        else {
+            panic!("an IPv4 key");
+        };
+        use sheave_ebpf_abi::Plain as _;
+        assert_eq!(key.as_bytes(), [10, 1, 2, 3, 0x12, 0x34, 17, 0]);
+    }
+
+    #[test]
+    fn an_unknown_protocol_is_nothing() {
+        assert_eq!(from_key4(&Frontend4Key { addr: 1, port: 1, proto: 132, pad: 0 }), None);
+    }
+}

@@ -1,0 +1,249 @@
+//! Pinned maps. Invariant: a map is used only after the kernel said that its type, key, value and flags are what this
+//! build's layouts say.
+
+use super::sys::{self, ElemSize, MapInfo};
+use crate::dataplane::DataplaneError;
+use crate::limits;
+use sheave_ebpf_abi::{self as abi, Plain, map};
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+/// BPF_MAP_TYPE_* (uapi/linux/bpf.h).
+mod kind {
+    pub(super) const HASH: u32 = 1;
+    pub(super) const ARRAY: u32 = 2;
+    pub(super) const PERCPU_ARRAY: u32 = 6;
+    pub(super) const LRU_HASH: u32 = 9;
+    pub(super) const SK_STORAGE: u32 = 24;
+}
+
+/// BPF_F_NO_PREALLOC (uapi/linux/bpf.h).
+const NO_PREALLOC: u32 = 1;
+
+/// What a map of this ABI version looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) name: &'static str,
+    kind: u32,
+    key: usize,
+    value: usize,
+    flags: u32,
+}
+
+const fn shape<K: Plain, V: Plain>(name: &'static str, kind: u32, flags: u32) -> Shape {
+    Shape { name, kind, key: size_of::<K>(), value: size_of::<V>(), flags }
+}
+
+/// Every map of this ABI version.
+pub(super) const SHAPES: &[Shape] = &[
+    shape::<abi::Frontend4Key, abi::Frontend>(map::FRONTENDS4, kind::HASH, NO_PREALLOC),
+    shape::<abi::Frontend6Key, abi::Frontend>(map::FRONTENDS6, kind::HASH, NO_PREALLOC),
+    shape::<u32, abi::Slot>(map::SLOTS, kind::ARRAY, 0),
+    shape::<u32, abi::Backend>(map::BACKENDS, kind::HASH, NO_PREALLOC),
+    shape::<u32, abi::ReverseEntry>(map::REVERSE_SK, kind::SK_STORAGE, NO_PREALLOC),
+    shape::<abi::ReverseKey, abi::ReverseValue>(map::REVERSE_LRU, kind::LRU_HASH, 0),
+    shape::<abi::FlowKey, abi::Flow>(map::FLOWS, kind::LRU_HASH, 0),
+    shape::<abi::Address, u32>(map::NODE_ADDRS, kind::HASH, NO_PREALLOC),
+    shape::<u32, abi::Config>(map::CONFIG, kind::ARRAY, 0),
+    shape::<u32, u64>(map::COUNTERS, kind::PERCPU_ARRAY, 0),
+];
+
+/// Opens a pinned map and checks it; `Ok(None)` when nothing is pinned there.
+pub(super) fn open_pinned(dir: &Path, shape: &Shape) -> Result<Option<(OwnedFd, MapInfo)>, DataplaneError> {
+    let path = dir.join(shape.name);
+    let fd = match sys::obj_get(&path) {
+        Ok(fd) => fd,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(DataplaneError::Pin { op: "open", path, source }),
+    };
+    let info = sys::map_info(fd.as_fd()).map_err(|source| DataplaneError::Pin {
+        op: "inspect",
+        path: path.clone(),
+        source,
+    })?;
+    let held = (info.kind, info.key_size as usize, info.value_size as usize, info.flags);
+    if held != (shape.kind, shape.key, shape.value, shape.flags) {
+        return Err(DataplaneError::PinnedMapShape {
+            path,
+            held: format!("type {} key {} value {} flags {:#x}", held.0, held.1, held.2, held.3),
+            wanted: format!(
+                "type {} key {} value {} flags {:#x}",
+                shape.kind, shape.key, shape.value, shape.flags
+            ),
+        });
+    }
+    Ok(Some((fd, info)))
+}
+
+/// A map with keys `K` and values `V`.
+#[derive(Debug)]
+pub(super) struct Map<K, V> {
+    fd: OwnedFd,
+    name: &'static str,
+    max_entries: u32,
+    types: PhantomData<fn() -> (K, V)>,
+}
+
+impl<K: Plain, V: Plain> Map<K, V> {
+    const SIZE: ElemSize = ElemSize { key: size_of::<K>(), value: size_of::<V>() };
+
+    /// The map pinned as `name` in `dir`.
+    pub(super) fn open(dir: &Path, name: &'static str) -> Result<Self, DataplaneError> {
+        let missing = || DataplaneError::Pin {
+            op: "open",
+            path: dir.join(name),
+            source: io::Error::from(io::ErrorKind::NotFound),
+        };
+        let shape = SHAPES.iter().find(|shape| shape.name == name).ok_or_else(missing)?;
+        let (fd, info) = open_pinned(dir, shape)?.ok_or_else(missing)?;
+        Ok(Self { fd, name, max_entries: info.max_entries, types: PhantomData })
+    }
+
+    pub(super) fn max_entries(&self) -> u32 {
+        self.max_entries
+    }
+
+    fn error(&self, op: &'static str, source: io::Error) -> DataplaneError {
+        DataplaneError::Map { op, map: self.name, source }
+    }
+
+    pub(super) fn get(&self, key: &K) -> Result<Option<V>, DataplaneError> {
+        let mut value = V::zeroed().as_bytes().to_vec();
+        match sys::lookup(self.fd.as_fd(), Self::SIZE, key.as_bytes(), &mut value) {
+            Ok(()) => Ok(V::from_bytes(&value)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(self.error("read", e)),
+        }
+    }
+
+    pub(super) fn put(&self, key: &K, value: &V) -> Result<(), DataplaneError> {
+        sys::update(self.fd.as_fd(), Self::SIZE, key.as_bytes(), value.as_bytes())
+            .map_err(|e| self.error("write", e))
+    }
+
+    /// Writes all entries, in order.
+    pub(super) fn put_all(
+        &self,
+        entries: impl ExactSizeIterator<Item = (K, V)>,
+    ) -> Result<(), DataplaneError> {
+        let mut entries = entries.peekable();
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        while entries.peek().is_some() {
+            keys.clear();
+            values.clear();
+            for (key, value) in entries.by_ref().take(limits::BPF_BATCH_ELEMENTS) {
+                keys.extend_from_slice(key.as_bytes());
+                values.extend_from_slice(value.as_bytes());
+            }
+            sys::update_batch(self.fd.as_fd(), Self::SIZE, &keys, &values)
+                .map_err(|stopped| self.error("write", stopped.source))?;
+        }
+        Ok(())
+    }
+
+    /// Deletes all keys; those that are gone already don't count.
+    pub(super) fn delete_all(&self, keys: impl Iterator<Item = K>) -> Result<(), DataplaneError> {
+        let mut bytes = Vec::new();
+        for key in keys {
+            bytes.extend_from_slice(key.as_bytes());
+        }
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            let chunk = &rest[..rest.len().min(limits::BPF_BATCH_ELEMENTS * Self::SIZE.key)];
+            match sys::delete_batch(self.fd.as_fd(), Self::SIZE, chunk) {
+                Ok(()) => rest = &rest[chunk.len()..],
+                Err(stopped) if stopped.source.raw_os_error() == Some(libc::ENOENT) => {
+                    // One was not there: go on behind it.
+                    let done = (stopped.done + 1) * Self::SIZE.key;
+                    rest = rest.get(done..).unwrap_or_default();
+                }
+                Err(stopped) => return Err(self.error("delete from", stopped.source)),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn delete(&self, key: &K) -> Result<(), DataplaneError> {
+        match sys::delete(self.fd.as_fd(), Self::SIZE, key.as_bytes()) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.error("delete from", e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads the first `limit` entries in the map's own order.
+    pub(super) fn entries(&self, limit: usize) -> Result<Vec<(K, V)>, DataplaneError> {
+        let mut found = Vec::new();
+        let mut room = limits::BPF_BATCH_ELEMENTS.min(self.max_entries as usize).max(1);
+        let mut cursor = None;
+        let (mut keys, mut values) = (vec![0; room * Self::SIZE.key], vec![0; room * Self::SIZE.value]);
+        while found.len() < limit {
+            let read =
+                sys::lookup_batch(self.fd.as_fd(), Self::SIZE, cursor.as_ref(), &mut keys, &mut values);
+            let batch = match read {
+                Ok(batch) => batch,
+                Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && room < self.max_entries as usize => {
+                    room *= 2;
+                    keys.resize(room * Self::SIZE.key, 0);
+                    values.resize(room * Self::SIZE.value, 0);
+                    continue;
+                }
+                Err(e) => return Err(self.error("read", e)),
+            };
+            let pairs = keys.chunks_exact(Self::SIZE.key).zip(values.chunks_exact(Self::SIZE.value));
+            found.extend(
+                pairs
+                    .take(batch.count.min(limit - found.len()))
+                    .filter_map(|(key, value)| Some((K::from_bytes(key)?, V::from_bytes(value)?))),
+            );
+            match batch.next {
+                Some(next) => cursor = Some(next),
+                None => break,
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The per-CPU counters.
+#[derive(Debug)]
+pub struct Counters {
+    fd: OwnedFd,
+    cpus: usize,
+}
+
+impl Counters {
+    pub(super) fn open(dir: &Path) -> Result<Self, DataplaneError> {
+        let Map { fd, .. } = Map::<u32, u64>::open(dir, map::COUNTERS)?;
+        let cpus =
+            sys::possible_cpus().map_err(|source| DataplaneError::Host { op: "count CPUs", source })?;
+        Ok(Self { fd, cpus })
+    }
+
+    /// Every reason and how often it occurred on all CPUs since the maps were made.
+    pub fn read(&self) -> Result<Vec<(abi::Counter, u64)>, DataplaneError> {
+        let size = ElemSize { key: 4, value: 8 * self.cpus };
+        let mut value = vec![0; size.value];
+        abi::COUNTERS
+            .iter()
+            .map(|counter| {
+                sys::lookup(self.fd.as_fd(), size, &(*counter as u32).to_ne_bytes(), &mut value)
+                    .map_err(|source| DataplaneError::Map { op: "read", map: map::COUNTERS, source })?;
+                let sum = value.chunks_exact(8).filter_map(u64::from_bytes).fold(0, u64::wrapping_add);
+                Ok((*counter, sum))
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_map_of_the_abi_has_a_shape() {
+        let shapes: Vec<_> = SHAPES.iter().map(|s| s.name).collect();
+        assert_eq!(shapes, map::ALL);
+    }
+}

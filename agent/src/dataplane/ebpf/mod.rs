@@ -1,0 +1,291 @@
+//! The eBPF data plane: programs on cgroup and uplink hooks over pinned maps. Invariant: everything that balances is
+//! pinned under `<pin dir>/v<ABI version>/` and does its work without this process; opening adopts what is there.
+
+mod encode;
+mod link;
+mod list;
+mod load;
+mod map;
+mod probe;
+mod sys;
+mod uplink;
+
+pub use list::{ServiceRow, list};
+pub use map::Counters;
+pub use probe::cgroup2_root;
+
+use super::{Dataplane, DataplaneConfig, DataplaneError};
+use crate::service::{Capacity, Changes, FrontendEntry, FrontendKey, Observed};
+use aya::Ebpf;
+use link::{CGROUP_HOOKS, LINKS, Target};
+use map::Map;
+use sheave_ebpf_abi::{
+    ABI_VERSION, Address, Backend, Config, Frontend, Frontend4Key, Frontend6Key, Slot, map as names,
+};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+/// The pin directory of this build's layouts.
+pub fn versioned(pin_dir: &Path) -> PathBuf {
+    pin_dir.join(format!("v{ABI_VERSION}"))
+}
+
+/// The maps that this process reads and writes.
+#[derive(Debug)]
+struct Maps {
+    frontends4: Map<Frontend4Key, Frontend>,
+    frontends6: Map<Frontend6Key, Frontend>,
+    slots: Map<u32, Slot>,
+    backends: Map<u32, Backend>,
+    node_addrs: Map<Address, u32>,
+    config: Map<u32, Config>,
+}
+
+impl Maps {
+    fn open(dir: &Path) -> Result<Self, DataplaneError> {
+        Ok(Self {
+            frontends4: Map::open(dir, names::FRONTENDS4)?,
+            frontends6: Map::open(dir, names::FRONTENDS6)?,
+            slots: Map::open(dir, names::SLOTS)?,
+            backends: Map::open(dir, names::BACKENDS)?,
+            node_addrs: Map::open(dir, names::NODE_ADDRS)?,
+            config: Map::open(dir, names::CONFIG)?,
+        })
+    }
+
+    fn frontends(&self) -> Result<Vec<(FrontendKey, FrontendEntry)>, DataplaneError> {
+        let v4 = self.frontends4.entries(usize::MAX)?;
+        let v6 = self.frontends6.entries(usize::MAX)?;
+        let v4 = v4.iter().filter_map(|(k, v)| Some((encode::from_key4(k)?, encode::from_frontend(v))));
+        let v6 = v6.iter().filter_map(|(k, v)| Some((encode::from_key6(k)?, encode::from_frontend(v))));
+        Ok(v4.chain(v6).collect())
+    }
+
+    fn observe(&self) -> Result<Observed, DataplaneError> {
+        let frontends = self.frontends()?;
+        let used =
+            frontends.iter().map(|(_, entry)| entry.run()).map(|run| run.base.saturating_add(run.len)).max();
+        let used = used.unwrap_or(0).min(self.slots.max_entries()) as usize;
+        let slots =
+            self.slots.entries(used)?.into_iter().map(|(_, slot)| (slot.service, slot.backend)).collect();
+        let backends = self.backends.entries(usize::MAX)?;
+        let backends = backends.iter().filter_map(|(id, b)| Some((*id, encode::from_backend(b)?))).collect();
+        Ok(Observed { frontends, slots, backends })
+    }
+}
+
+/// Programs, maps and links of one node.
+#[derive(Debug)]
+pub struct EbpfDataplane {
+    dir: PathBuf,
+    cgroup: PathBuf,
+    uplinks: Vec<String>,
+    maps: Maps,
+    /// Loaded only when something has to be attached.
+    object: Option<Ebpf>,
+    node_addresses: BTreeSet<IpAddr>,
+}
+
+impl EbpfDataplane {
+    /// Adopts the pinned maps, or makes them. Attaches nothing: [`Dataplane::attach`] does, when the maps are filled.
+    pub fn open(config: &DataplaneConfig) -> Result<Self, DataplaneError> {
+        let cgroup = match &config.cgroup_path {
+            Some(path) => path.clone(),
+            None => probe::cgroup2_root()?,
+        };
+        probe::check(&config.pin_dir, &cgroup)?;
+        let dir = versioned(&config.pin_dir);
+        let links = dir.join(LINKS);
+        fs::create_dir_all(&links).map_err(|source| DataplaneError::Pin {
+            op: "make",
+            path: links,
+            source,
+        })?;
+        let object = if load::all_pinned(&dir)? { None } else { Some(load::load(&dir)?) };
+        let maps = Maps::open(&dir)?;
+        let mut plane = Self {
+            dir,
+            cgroup,
+            uplinks: config.uplinks.clone(),
+            maps,
+            object,
+            node_addresses: BTreeSet::new(),
+        };
+        plane.node_addresses =
+            plane.maps.node_addrs.entries(usize::MAX)?.iter().map(|(a, _)| encode::from_address(a)).collect();
+        let held = plane.config()?;
+        plane.write_config(config, held.object_digest)?;
+        Ok(plane)
+    }
+
+    fn config(&self) -> Result<Config, DataplaneError> {
+        use sheave_ebpf_abi::Plain as _;
+        Ok(self.maps.config.get(&0)?.unwrap_or_else(Config::zeroed))
+    }
+
+    fn write_config(&self, config: &DataplaneConfig, object_digest: u64) -> Result<(), DataplaneError> {
+        let node_netns_cookie = sys::netns_cookie()
+            .map_err(|source| DataplaneError::Host { op: "ask for the netns cookie", source })?;
+        let (node_port_min, node_port_max) = config.node_port_range;
+        let wanted = Config { node_netns_cookie, object_digest, node_port_min, node_port_max, pad: 0 };
+        self.maps.config.put(&0, &wanted)
+    }
+
+    fn object(&mut self) -> Result<&mut Ebpf, DataplaneError> {
+        if self.object.is_none() {
+            self.object = Some(load::load(&self.dir)?);
+        }
+        self.object
+            .as_mut()
+            .ok_or_else(|| DataplaneError::Load { what: "the object".to_owned(), source: "not kept".into() })
+    }
+
+    fn link_path(&self, hook: &str) -> PathBuf {
+        self.dir.join(LINKS).join(hook)
+    }
+
+    /// Whether every hook holds its link, whatever program is in it.
+    fn all_attached(&self, target: &Target) -> Result<bool, DataplaneError> {
+        for (hook, _) in CGROUP_HOOKS {
+            if link::state(&self.link_path(hook), target)? != link::State::Attached {
+                return Ok(false);
+            }
+        }
+        for uplink in &self.uplinks {
+            if !uplink::is_attached(&self.dir, uplink)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The counters, to be read at any time by anybody.
+    pub fn counters(&self) -> Result<Counters, DataplaneError> {
+        Counters::open(&self.dir)
+    }
+}
+
+impl Dataplane for EbpfDataplane {
+    fn capacity(&self) -> Capacity {
+        Capacity {
+            frontends4: self.maps.frontends4.max_entries(),
+            frontends6: self.maps.frontends6.max_entries(),
+            slots: self.maps.slots.max_entries(),
+            backends: self.maps.backends.max_entries(),
+        }
+    }
+
+    fn observe(&mut self) -> Result<Observed, DataplaneError> {
+        self.maps.observe()
+    }
+
+    fn apply(&mut self, changes: &Changes) -> Result<(), DataplaneError> {
+        let maps = &self.maps;
+        maps.backends.put_all(changes.put_backends.iter().map(|(id, at)| (*id, encode::backend(*id, at))))?;
+        let slots: Vec<_> = changes.put_runs.iter().flat_map(encode::slots).collect();
+        maps.slots.put_all(slots.into_iter())?;
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        for (key, entry) in &changes.put_frontends {
+            match encode::key(key) {
+                encode::Key::V4(key) => v4.push((key, encode::frontend(entry))),
+                encode::Key::V6(key) => v6.push((key, encode::frontend(entry))),
+            }
+        }
+        maps.frontends4.put_all(v4.into_iter())?;
+        maps.frontends6.put_all(v6.into_iter())?;
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        for key in &changes.delete_frontends {
+            match encode::key(key) {
+                encode::Key::V4(key) => v4.push(key),
+                encode::Key::V6(key) => v6.push(key),
+            }
+        }
+        maps.frontends4.delete_all(v4.into_iter())?;
+        maps.frontends6.delete_all(v6.into_iter())?;
+        maps.backends.delete_all(changes.delete_backends.iter().copied())
+    }
+
+    fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<(), DataplaneError> {
+        for addr in addresses.difference(&self.node_addresses) {
+            self.maps.node_addrs.put(&encode::address(*addr), &1)?;
+        }
+        for addr in self.node_addresses.difference(addresses) {
+            self.maps.node_addrs.delete(&encode::address(*addr))?;
+        }
+        self.node_addresses.clone_from(addresses);
+        Ok(())
+    }
+
+    fn attach(&mut self) -> Result<(), DataplaneError> {
+        let target = Target::cgroup(&self.cgroup)?;
+        let digest = sheave_ebpf_object::digest();
+        let held = self.config()?;
+        if held.object_digest == digest && self.all_attached(&target)? {
+            return Ok(());
+        }
+        let (dir, uplinks) = (self.dir.clone(), self.uplinks.clone());
+        let object = self.object()?;
+        for (hook, attach_type) in CGROUP_HOOKS {
+            let program = load::program(object, hook)?;
+            let inherited = link::inherited(&dir, hook);
+            link::attach(&dir.join(LINKS).join(hook), &target, *attach_type, program.as_fd(), &inherited)?;
+        }
+        for name in &uplinks {
+            uplink::attach(&dir, object, name)?;
+        }
+        self.maps.config.put(&0, &Config { object_digest: digest, ..held })?;
+        for other in link::other_versions(&self.dir) {
+            remove_version(&other).into_iter().for_each(|error| {
+                tracing::warn!(dir = %other.display(), %error, "left over from another version");
+            });
+        }
+        // The links hold the programs, the pins hold the maps.
+        self.object = None;
+        Ok(())
+    }
+}
+
+/// Takes a pin directory's links off their hooks and removes all its pins, of every ABI version; goes on past errors.
+/// A directory that does not exist is fine. Ends services: nothing is balanced on this node afterwards.
+pub fn uninstall(pin_dir: &Path) -> Result<(), Vec<DataplaneError>> {
+    let mut errors = Vec::new();
+    let here = versioned(pin_dir);
+    for dir in std::iter::once(here.clone()).chain(link::other_versions(&here)) {
+        errors.extend(remove_version(&dir));
+    }
+    let mut removed = fs::remove_dir(pin_dir);
+    if removed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::ResourceBusy) {
+        // The directory itself is a mount: the bpffs that opening made.
+        removed = nix::mount::umount(pin_dir).map_err(io::Error::from).and_then(|()| fs::remove_dir(pin_dir));
+    }
+    match removed {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            errors.push(DataplaneError::Pin { op: "remove", path: pin_dir.to_owned(), source });
+        }
+        _ => {}
+    }
+    if errors.is_empty() { Ok(()) } else { Err(errors) }
+}
+
+fn remove_version(dir: &Path) -> Vec<DataplaneError> {
+    let mut errors = uplink::detach_clsact(dir);
+    errors.extend(link::detach_all(&dir.join(LINKS)));
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name() != LINKS {
+            errors.extend(link::unlink(&entry.path()).err());
+        }
+    }
+    for dir in [dir.join(LINKS), dir.to_owned()] {
+        match fs::remove_dir(&dir) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                errors.push(DataplaneError::Pin { op: "remove", path: dir, source });
+            }
+            _ => {}
+        }
+    }
+    errors
+}

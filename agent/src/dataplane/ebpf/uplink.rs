@@ -1,0 +1,140 @@
+//! Programs on the uplinks: by tcx links, or by filters of a clsact qdisc on kernels before 6.6. Invariant: as with
+//! every link, what is attached is replaced in one step; the clsact qdisc itself is never removed, for others may use
+//! it.
+
+use super::link::{self, LINKS, Target, UPLINK_HOOKS};
+use super::{load, sys};
+use crate::dataplane::DataplaneError;
+use aya::Ebpf;
+use aya::programs::links::Link as _;
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle};
+use aya::programs::{Program, SchedClassifier};
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+/// Priority of our filters among those of a clsact qdisc; ours and nobody else's by convention only.
+const PRIORITY: u16 = 0x5e;
+/// Handle of our filters.
+const HANDLE: TcHandle = TcHandle::new(0, 1);
+
+fn attach_type(direction: &str) -> TcAttachType {
+    if direction == "ingress" { TcAttachType::Ingress } else { TcAttachType::Egress }
+}
+
+/// Index of a device, which pins are named by: bpffs takes no dots, interface names do.
+pub(super) fn index(name: &str) -> Result<u32, DataplaneError> {
+    nix::net::if_::if_nametoindex(name)
+        .map_err(|e| DataplaneError::Attach { hook: format!("uplink {name}"), source: e.into() })
+}
+
+fn tcx_pin(dir: &Path, index: u32, direction: &str) -> PathBuf {
+    dir.join(LINKS).join(format!("tcx_{index}_{direction}"))
+}
+
+fn clsact_pin(dir: &Path, index: u32, direction: &str) -> PathBuf {
+    dir.join(LINKS).join(format!("clsact_{index}_{direction}"))
+}
+
+/// Whether both directions of the uplink have their tcx link in place. Filters of a clsact qdisc are not asked for:
+/// where those are in use every start replaces them.
+pub(super) fn is_attached(dir: &Path, name: &str) -> Result<bool, DataplaneError> {
+    let index = index(name)?;
+    for (_, direction, _) in UPLINK_HOOKS {
+        if link::state(&tcx_pin(dir, index, direction), &Target::Device(index))? != link::State::Attached {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Puts the programs at the uplink.
+pub(super) fn attach(dir: &Path, ebpf: &mut Ebpf, name: &str) -> Result<(), DataplaneError> {
+    let index = index(name)?;
+    for (program, direction, attach_type) in UPLINK_HOOKS {
+        let fd = load::program(ebpf, program)?;
+        let path = tcx_pin(dir, index, direction);
+        let hook = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let inherited = link::inherited(dir, &hook);
+        match link::attach(&path, &Target::Device(index), *attach_type, fd.as_fd(), &inherited) {
+            Ok(()) => {}
+            // Kernels before 6.6 don't know the attach type.
+            Err(DataplaneError::Attach { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
+                attach_clsact(ebpf, program, name, direction)?;
+                let mark = clsact_pin(dir, index, direction);
+                link::unlink(&mark)?;
+                sys::obj_pin(fd.as_fd(), &mark).map_err(|source| DataplaneError::Pin {
+                    op: "make",
+                    path: mark,
+                    source,
+                })?;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn attach_clsact(ebpf: &mut Ebpf, program: &str, name: &str, direction: &str) -> Result<(), DataplaneError> {
+    let failed =
+        |source: io::Error| DataplaneError::Attach { hook: format!("clsact {name} {direction}"), source };
+    let Some(Program::SchedClassifier(classifier)) = ebpf.program_mut(program) else {
+        return Err(failed(io::ErrorKind::NotFound.into()));
+    };
+    match tc::qdisc_add_clsact(name) {
+        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
+        Err(e) if is_exists(&e) => {}
+        Err(e) => return Err(failed(io::Error::other(e))),
+    }
+    let place = attach_type(direction);
+    let held = SchedClassifierLink::attached(name, place, PRIORITY, HANDLE, None).map_err(failed)?;
+    let id = match classifier.attach_to_link(held) {
+        Ok(id) => id,
+        Err(_) => {
+            let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+            classifier
+                .attach_with_options(name, place, TcAttachOptions::Netlink(options))
+                .map_err(|e| failed(io::Error::other(e)))?
+        }
+    };
+    keep(classifier, id).map_err(failed)
+}
+
+fn is_exists(error: &tc::TcError) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(at) = cause {
+        if at.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::AlreadyExists) {
+            return true;
+        }
+        cause = at.source();
+    }
+    false
+}
+
+/// The filter stays when the agent goes: its guard must not run.
+fn keep(classifier: &mut SchedClassifier, id: tc::SchedClassifierLinkId) -> io::Result<()> {
+    let link = classifier.take_link(id).map_err(io::Error::other)?;
+    std::mem::forget(link);
+    Ok(())
+}
+
+/// Removes our clsact filters that pins in `dir` tell of. Devices that are gone took theirs with them.
+pub(super) fn detach_clsact(dir: &Path) -> Vec<DataplaneError> {
+    let mut errors = Vec::new();
+    for entry in fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten() {
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let mut parts = file.split('_');
+        let (Some("clsact"), Some(index), Some(direction)) = (parts.next(), parts.next(), parts.next())
+        else {
+            continue;
+        };
+        let name = index.parse().ok().and_then(|index| nix::net::if_::if_indextoname(index).ok());
+        let Some(name) = name.and_then(|name| name.into_string().ok()) else { continue };
+        let removed = SchedClassifierLink::attached(&name, attach_type(direction), PRIORITY, HANDLE, None)
+            .map_err(io::Error::other)
+            .and_then(|held| held.detach().map_err(io::Error::other));
+        errors.extend(removed.err().map(|source| DataplaneError::Attach { hook: file, source }));
+    }
+    errors
+}
