@@ -11,6 +11,7 @@ pub mod pki;
 pub mod registry;
 pub mod resource;
 mod run;
+pub mod schedule;
 pub mod store;
 
 pub use run::{ControlConfig, ControlError, Ready, run, run_with};

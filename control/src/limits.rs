@@ -86,3 +86,7 @@ pub const RETRY_MAX_MS: u64 = 30_000;
 pub const CONTROLLER_WORK_MAX: usize = 128;
 /// Wait before the controllers or the scheduler list everything again after they missed events.
 pub const DRIVER_RESTART_MS: u64 = 500;
+/// Bindings of pods that are under way at a time.
+pub const BINDINGS_MAX: usize = 256;
+/// Pods that the scheduler places before it looks at events again.
+pub const PLACEMENTS_AT_ONCE_MAX: usize = 64;

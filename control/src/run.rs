@@ -17,6 +17,7 @@ use crate::pki::{Authority, PkiError, write_private};
 use crate::registry::{AddressRanges, Registry, advertised, index_stored};
 use crate::resource::ApiError;
 use crate::resource::alloc::AllocatorError;
+use crate::schedule;
 use crate::store::engine::EngineError;
 use crate::store::log::{LogStore, OpenError};
 use crate::store::redb::RedbEngine;
@@ -144,12 +145,15 @@ pub async fn run_with(
     let sweeper = tokio::spawn(sweep_events(registry.clone(), shutdown.clone()));
     let settings = controller::Config { root_ca: Some(authority.certificate_pem) };
     let controllers = tokio::spawn(controller::run(registry.clone(), settings, shutdown.clone()));
+    let scheduler = tokio::spawn(schedule::run(registry.clone(), shutdown.clone()));
     tracing::info!(%address, revision = registry.revision(), "the API is served");
     if ready.send(told).is_err() {
         tracing::trace!("nobody waits for the start");
     }
     server.run(registry, Arc::clone(&store), shutdown).await;
-    for (what, task) in [("the sweeper of events", sweeper), ("the controllers", controllers)] {
+    for (what, task) in
+        [("the sweeper of events", sweeper), ("the controllers", controllers), ("the scheduler", scheduler)]
+    {
         if let Err(error) = task.await {
             tracing::error!(%error, "{what} ended badly");
         }

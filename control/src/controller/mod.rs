@@ -10,7 +10,7 @@ mod endpoint_slice;
 mod event;
 mod garbage;
 mod index;
-mod model;
+pub(crate) mod model;
 mod namespace;
 mod node;
 mod observe;
@@ -22,6 +22,9 @@ mod world;
 
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::action::Target;
+pub(crate) use self::driver::now;
+pub(crate) use self::event::{Notice, record};
 use crate::registry::Registry;
 
 /// What the controllers have to be told.
