@@ -1,6 +1,7 @@
 //! Ring host: whole-program rules that need no privilege. One file a subject.
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
+mod api_crash;
 mod api_reflector;
 mod api_requests;
 mod api_server;
