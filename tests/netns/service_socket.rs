@@ -123,8 +123,8 @@ fn service_one_udp_socket_hears_each_of_many_services_by_its_own_name() {
             }
             // All sent before any is heard: answers are told apart by who sends them.
             for to in &targets {
-            socket.send_to(b"who", to).expect("send");
-        }
+                socket.send_to(b"who", to).expect("send");
+            }
             let mut buffer = [0; 64];
             let heard: BTreeSet<SocketAddr> =
                 targets.iter().map(|_| socket.recv_from(&mut buffer).expect("an answer").1).collect();
