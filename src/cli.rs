@@ -48,9 +48,16 @@ pub(crate) enum Command {
     Control(ControlCommand),
     /// Run the node daemon against a Kubernetes API server
     Agent(AgentCommand),
+    /// Stop every pod of this node and take the eBPF programs, links and state off the host
+    Down(DownFlags),
+    /// Look at what the kernel balances
+    #[command(subcommand)]
+    Service(ServiceCommand),
     /// Import, list and remove container images of this node
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Show this node, its pods and services in short
+    Status(StatusFlags),
     /// Print the version
     Version,
     /// Apply a manifest through the API (for hosts without kubectl)
@@ -225,6 +232,27 @@ pub(crate) struct AgentFlags {
     pub(crate) components: Vec<String>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct DownFlags {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    /// Remove the state directory too: store, certificates, images
+    #[arg(long)]
+    pub(crate) purge: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServiceCommand {
+    /// List frontends and their backends as the kernel's maps hold them
+    List {
+        #[command(flatten)]
+        base: BaseFlags,
+        /// How to print
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
     Table,
@@ -252,6 +280,23 @@ pub(crate) enum ImageCommand {
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
     },
+    /// Remove an image by name
+    #[command(alias = "rm")]
+    Remove {
+        #[command(flatten)]
+        base: BaseFlags,
+        /// Name as shown by `sheave image list`
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusFlags {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    /// How to reach the API server [default: <state-dir>/admin.kubeconfig]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -54,6 +54,13 @@ pub(super) fn list(base: &BaseFlags, output: Output) -> Result<()> {
     Ok(())
 }
 
+pub(super) fn remove(base: &BaseFlags, name: &str) -> Result<()> {
+    // The store itself keeps layers that are part of a mounted root file system.
+    ImageStore::open(&state_dir(base)?)?.remove(name, &|_: &Path| false)?;
+    writeln!(std::io::stdout(), "removed {name}")?;
+    Ok(())
+}
+
 fn state_dir(base: &BaseFlags) -> Result<PathBuf> {
     Ok(super::paths(base)?.state_dir)
 }

@@ -3,8 +3,11 @@
 mod agent;
 mod apply;
 mod control;
+mod down;
 mod image;
 mod raw;
+mod service;
+mod status;
 mod table;
 mod up;
 
@@ -15,7 +18,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use tokio_util::sync::CancellationToken;
 
-use crate::cli::{BaseFlags, Cli, Command, ImageCommand, PathFlags};
+use crate::cli::{BaseFlags, Cli, Command, ImageCommand, PathFlags, ServiceCommand};
 use crate::config::File;
 
 /// Runs the command that was asked for.
@@ -24,10 +27,14 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Up(flags) => up::run(&flags),
         Command::Control(flags) => control::run(&flags),
         Command::Agent(flags) => agent::run(&flags),
+        Command::Down(flags) => down::run(&flags),
+        Command::Service(ServiceCommand::List { base, output }) => service::list(&base, output),
         Command::Image(ImageCommand::Import { base, path, name }) => {
             image::import(&base, &path, name.as_deref())
         }
         Command::Image(ImageCommand::List { base, output }) => image::list(&base, output),
+        Command::Image(ImageCommand::Remove { base, name }) => image::remove(&base, &name),
+        Command::Status(flags) => status::run(&flags),
         Command::Version => version(),
         Command::Apply(flags) => apply::run(&flags),
         Command::Raw(flags) => raw::run(&flags),
@@ -43,11 +50,15 @@ fn version() -> Result<()> {
 fn paths(base: &BaseFlags) -> Result<Paths> {
     let flags: PathFlags = File::read(base.config.as_deref())?.merge("paths", &base.paths)?;
     let default = sheave_agent::AgentConfig::default();
-    Ok(Paths { state_dir: flags.state_dir.unwrap_or(default.state_dir) })
+    Ok(Paths {
+        state_dir: flags.state_dir.unwrap_or(default.state_dir),
+        pin_dir: flags.pin_dir.unwrap_or(default.pin_dir),
+    })
 }
 
 struct Paths {
     state_dir: PathBuf,
+    pin_dir: PathBuf,
 }
 
 /// The admin's kubeconfig, unless another is named.

@@ -15,6 +15,9 @@ pub(super) fn run(flags: &UpFlags) -> Result<()> {
     let mut agent = super::agent::config(&file, &flags.base, &flags.agent)?;
     agent.node_port_range = control.node_port_range;
     super::run_daemon(async |shutdown| {
+        if agent.node_ips.is_empty() {
+            agent.node_ips = sheave_agent::network::node_addresses(&agent.uplinks)?.ips;
+        }
         control.advertise_address = control.advertise_address.or(agent.node_ips.first().copied());
         both(control, agent, shutdown).await
     })

@@ -9,7 +9,7 @@ mod stats;
 
 pub(crate) use driver::Notice;
 pub use driver::{Driver, Feed, run};
-pub use ebpf::{ServiceRow, list, uninstall};
+pub use ebpf::{Lookup, ServiceRow, list, uninstall};
 pub use stats::{DataplaneStats, StatsHandle};
 
 use crate::service::{Capacity, Changes, Observed};

@@ -1,8 +1,8 @@
 //! What `sheave service list` shows. Invariant: every row is read from the live maps, nothing from the API.
 
-use super::{Maps, versioned};
+use super::{Maps, encode, versioned};
 use crate::dataplane::DataplaneError;
-use crate::service::{BackendAddr, BackendId, FrontendEntry, Observed, Proto};
+use crate::service::{BackendAddr, BackendId, FrontendEntry, FrontendKey, Observed, Proto};
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::path::Path;
@@ -39,7 +39,7 @@ pub fn list(pin_dir: &Path) -> Result<Vec<ServiceRow>, DataplaneError> {
     let mut frontends: Vec<_> = observed.frontends.iter().collect();
     frontends.sort_by_key(|(key, _)| *key);
     let row = |(key, entry): &(_, FrontendEntry)| {
-        let key: &crate::service::FrontendKey = key;
+        let key: &FrontendKey = key;
         let (endpoints, inconsistent) = endpoints(entry, &observed, &backends);
         let ready = usize::from(entry.counts[0]) + usize::from(entry.counts[1]);
         let (ready, terminating) = endpoints.split_at(ready.min(endpoints.len()));
@@ -76,4 +76,33 @@ fn endpoints(
         .collect();
     let inconsistent = found.len() != slots.len();
     (found, inconsistent)
+}
+
+/// Single frontends of the live maps, without reading the whole table.
+#[derive(Debug)]
+pub struct Lookup(Maps);
+
+impl Lookup {
+    /// Opens the maps pinned under `pin_dir`.
+    pub fn open(pin_dir: &Path) -> Result<Self, DataplaneError> {
+        Maps::open(&versioned(pin_dir)).map(Self)
+    }
+
+    /// The ready endpoints behind a frontend, those of this node first; empty also where there is no such frontend.
+    pub fn ready(&self, addr: IpAddr, port: u16, proto: Proto) -> Result<Vec<(IpAddr, u16)>, DataplaneError> {
+        let found = match encode::key(&FrontendKey { addr, port, proto }) {
+            encode::Key::V4(key) => self.0.frontends4.get(&key)?,
+            encode::Key::V6(key) => self.0.frontends6.get(&key)?,
+        };
+        let Some(entry) = found.as_ref().map(encode::from_frontend) else { return Ok(Vec::new()) };
+        let (base, len) = (entry.run().base, u32::from(entry.counts[0]) + u32::from(entry.counts[1]));
+        let mut ready = Vec::new();
+        for index in base..base.saturating_add(len) {
+            let slot = self.0.slots.get(&index)?.filter(|slot| slot.service == entry.service);
+            let Some(slot) = slot else { continue };
+            let backend = self.0.backends.get(&slot.backend)?;
+            ready.extend(backend.as_ref().and_then(encode::from_backend).map(|at| (at.addr, at.port)));
+        }
+        Ok(ready)
+    }
 }

@@ -10,7 +10,7 @@ mod probe;
 mod sys;
 mod uplink;
 
-pub use list::{ServiceRow, list};
+pub use list::{Lookup, ServiceRow, list};
 pub use map::Counters;
 pub use probe::cgroup2_root;
 
