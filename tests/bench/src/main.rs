@@ -3,13 +3,20 @@
 //! namespaces and cgroups of their own and leave nothing behind.
 
 mod api;
+mod cluster;
+mod connect;
 mod connect_client;
+mod container_start;
 mod control_process;
 mod etcd;
+mod footprint;
 mod latency;
+mod load_client;
+mod pod_start;
 mod progress;
 mod report;
 mod soak_control;
+mod soak_node;
 
 use std::path::PathBuf;
 
@@ -43,28 +50,44 @@ enum Command {
     },
     #[command(hide = true)]
     ConnectClient(connect_client::ConnectClient),
+    #[command(hide = true)]
+    LoadClient(load_client::LoadClient),
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Soak {
     KillControl,
+    KillNode,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Bench {
     Api,
+    Connect,
+    Footprint,
+    PodStart,
 }
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     match cli.command {
-        Command::Bench { name: Bench::Api, json } => runtime.block_on(api::run(json)),
-        Command::Soak { name: Soak::KillControl, rounds } => {
-            runtime.block_on(soak_control::run(rounds.unwrap_or(30)))
-        }
+        Command::Bench { name, json } => match name {
+            Bench::Api => block_on(api::run(json)),
+            Bench::Connect => connect::run(json),
+            Bench::Footprint => footprint::run(json),
+            Bench::PodStart => pod_start::run(json),
+        },
+        Command::Soak { name, rounds } => match name {
+            Soak::KillControl => block_on(soak_control::run(rounds.unwrap_or(30))),
+            Soak::KillNode => soak_node::run(rounds.unwrap_or(20)),
+        },
         Command::ConnectClient(client) => client.run(),
+        Command::LoadClient(client) => client.run(),
     }
+}
+
+fn block_on(work: impl Future<Output = Result<()>>) -> Result<()> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(work)
 }
 
 /// The program under test.
