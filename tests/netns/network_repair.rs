@@ -79,7 +79,6 @@ fn what_is_missing_of_a_live_pod_is_put_back() {
     ];
     for (side, command) in damage {
         side.ip(&command);
-        eprintln!("damage: {command:?}");
         let report = node.block_on(network.reconcile(&live(&["a"]))).expect("reconcile");
         assert!(!report.repaired.is_empty(), "{command:?}: {report:?}");
         assert!(report.broken.is_empty() && report.failed.is_empty(), "{command:?}: {report:?}");

@@ -18,8 +18,8 @@ use super::node::{read_sysctl, write_sysctl};
 use super::plan::{Act, Observed, POD_LINK, Side, Step, Want, node_link_name, sysctls};
 use crate::limits;
 
-/// Pause between two looks at a link that is coming up.
-const LINK_PAUSE_US: u64 = 200;
+/// Pause between two looks at what the kernel is about to do.
+const LOOK_PAUSE_US: u64 = 100;
 
 /// A namespace that is looked at and changed: the calling thread's.
 struct Hands {
@@ -93,6 +93,7 @@ impl Hands {
                 self.connection.set_link(index, &change)
             }
             Act::AwaitRunning { name } => self.await_running(name),
+            Act::AwaitLocal { ip } => await_true(|| self.connection.is_local(*ip)),
             Act::Address { link, ip } => {
                 let index = self.index(link)?;
                 self.connection.set_address(index, *ip)
@@ -110,17 +111,24 @@ impl Hands {
     }
 
     fn await_running(&mut self, name: &str) -> io::Result<()> {
-        let deadline = Instant::now() + Duration::from_millis(limits::LINK_READY_TIMEOUT_MS);
-        loop {
-            // Asking makes recent kernels look at once; older ones do within milliseconds.
-            match self.connection.link(name)? {
-                Some(link) if link.running => return Ok(()),
-                Some(_) if Instant::now() < deadline => thread::sleep(Duration::from_micros(LINK_PAUSE_US)),
-                Some(_) => return Err(io::ErrorKind::TimedOut.into()),
-                None => return Err(io::Error::other(format!("link {name} is gone"))),
-            }
-        }
+        // Asking makes recent kernels look at once; older ones do within milliseconds.
+        await_true(|| match self.connection.link(name)? {
+            Some(link) => Ok(link.running),
+            None => Err(io::Error::other(format!("link {name} is gone"))),
+        })
     }
+}
+
+/// Looks until it is so.
+fn await_true(mut look: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
+    let deadline = Instant::now() + Duration::from_millis(limits::LINK_READY_TIMEOUT_MS);
+    while !look()? {
+        if Instant::now() > deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        thread::sleep(Duration::from_micros(LOOK_PAUSE_US));
+    }
+    Ok(())
 }
 
 /// Work for the thread inside a pod's namespace.

@@ -105,6 +105,8 @@ pub(super) enum Act {
     SetLink { name: String, alias: Option<String>, mtu: Option<u32> },
     /// Waits until a link that is up passes packets.
     AwaitRunning { name: String },
+    /// Waits until the namespace takes packets for an address as its own.
+    AwaitLocal { ip: IpAddr },
     /// Gives a link an address.
     Address { link: String, ip: IpAddr },
     /// Makes a permanent neighbour.
@@ -125,6 +127,7 @@ impl fmt::Display for Step {
             Act::Sysctl { key, value } => write!(f, "set {} = {value}", key.replace('/', ".")),
             Act::SetLink { name, .. } => write!(f, "bring up link {name}"),
             Act::AwaitRunning { name } => write!(f, "wait for link {name}"),
+            Act::AwaitLocal { ip } => write!(f, "wait for address {ip}"),
             Act::Address { link, ip } => write!(f, "add address {ip} to {link}"),
             Act::Neighbour { link, ip, .. } => write!(f, "add neighbour {ip} to {link}"),
             Act::Route { link, to, via: None, .. } => write!(f, "add route {to} to {link}"),
@@ -177,6 +180,10 @@ pub(super) fn steps(want: &Want, node: &Observed, pod: &Observed) -> Result<Vec<
     }
     if idle(pod) {
         step(Side::Pod, Act::AwaitRunning { name: POD_LINK.to_owned() });
+    }
+    // The kernel makes an IPv6 address local in a task of its own, also without duplicate address detection.
+    for ip in want.ips.iter().filter(|ip| ip.is_ipv6() && !pod.addresses.contains(ip)) {
+        step(Side::Pod, Act::AwaitLocal { ip: *ip });
     }
     Ok(steps)
 }
@@ -347,6 +354,7 @@ mod tests {
                     assert!(both.iter().all(|link| link.up), "waits for ever");
                     both.into_iter().for_each(|link| link.running = true);
                 }
+                Act::AwaitLocal { ip } => assert!(side.addresses.contains(ip), "waits for ever"),
                 Act::Address { ip, .. } => side.addresses.push(*ip),
                 Act::Neighbour { ip, mac, .. } => side.neighbours.push((*ip, *mac)),
                 Act::Route { to, via, src, .. } => {

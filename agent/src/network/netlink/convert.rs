@@ -9,7 +9,7 @@ use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -54,6 +54,18 @@ pub(super) fn get_routes() -> [Message; 2] {
         message.header.address_family = family;
         Message::GetRoute(message)
     })
+}
+
+pub(super) fn get_route_to(ip: IpAddr) -> Message {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(ip);
+    message.header.destination_prefix_length = full_length(ip);
+    message.attributes.push(RouteAttribute::Destination(ip.into()));
+    Message::GetRoute(message)
+}
+
+pub(super) fn is_local_route(message: &Message) -> bool {
+    matches!(message, Message::NewRoute(route) if route.header.kind == RouteType::Local)
 }
 
 pub(super) fn get_neighbours() -> Message {
@@ -157,7 +169,7 @@ pub(super) fn link(message: &Message) -> Option<Link> {
         alias: None,
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
-        running: message.header.flags.contains(LinkFlags::Running),
+        running: false,
         loopback: message.header.flags.contains(LinkFlags::Loopback),
         mac: None,
         peer: None,
@@ -169,6 +181,8 @@ pub(super) fn link(message: &Message) -> Option<Link> {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
             LinkAttribute::Link(peer) => link.peer = Some(*peer),
+            // Not the running flag: that one is also set while the state is not known yet.
+            LinkAttribute::OperState(state) => link.running = link.up && *state == State::Up,
             _ => {}
         }
     }

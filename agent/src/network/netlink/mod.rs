@@ -143,6 +143,15 @@ impl Connection {
         Ok(found)
     }
 
+    /// True where packets to `ip` are delivered in this namespace.
+    pub(super) fn is_local(&mut self, ip: IpAddr) -> io::Result<bool> {
+        match self.exchange(convert::get_route_to(ip), 0) {
+            Ok(answers) => Ok(answers.iter().any(convert::is_local_route)),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Permanent neighbours, both families.
     pub(super) fn neighbours(&mut self) -> io::Result<Vec<Neighbour>> {
         Ok(self.dump(&convert::get_neighbours())?.iter().filter_map(convert::neighbour).collect())
