@@ -192,7 +192,7 @@ impl Driver {
     }
 
     fn note(&mut self, kind: &'static Kind, event: &Event) {
-        let mut note = Note { registry: &self.registry, kind, event, now: now(), keys: Vec::new() };
+        let mut note = Note { registry: &self.registry, kind, event, keys: Vec::new() };
         if let Err(error) = self.index.note(&mut note) {
             tracing::error!(error = chain(&error), "an object is not understood");
         }

@@ -3,6 +3,7 @@
 //! a listing whenever they were missed.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
@@ -21,7 +22,7 @@ const NODE_LEASES: &str = "kube-node-lease";
 /// Last signs of life of a node.
 #[derive(Debug)]
 struct Heartbeat {
-    at: Timestamp,
+    at: Instant,
     /// The time that the agent put into the Ready condition.
     reported: Option<Timestamp>,
 }
@@ -41,7 +42,7 @@ pub(crate) struct Index {
     /// Nodes on whose pods an eye must be kept.
     watched_nodes: HashSet<String>,
     /// Since when the Nodes are missing to which pods are bound.
-    missing: HashMap<String, Timestamp>,
+    missing: HashMap<String, Instant>,
 }
 
 /// One event and the keys that it concerns.
@@ -49,7 +50,6 @@ pub(crate) struct Note<'a> {
     pub(crate) registry: &'a Registry,
     pub(crate) kind: &'static Kind,
     pub(crate) event: &'a Event,
-    pub(crate) now: Timestamp,
     pub(crate) keys: Vec<Key>,
 }
 
@@ -110,7 +110,7 @@ impl Index {
             }
             ("discovery.k8s.io", "endpointslices") => note_slice(note),
             ("coordination.k8s.io", "leases") if namespace == NODE_LEASES && !note.is_deleted() => {
-                self.note_lease(note, &name);
+                self.note_lease(&name);
             }
             _ => {}
         }
@@ -255,9 +255,10 @@ impl Index {
         }
         let parsed: Node = view(note.object())?;
         let reported = condition(&parsed.status.conditions, "Ready").and_then(|c| c.last_heartbeat_time);
-        let heartbeat = self.heartbeats.entry(name.clone()).or_insert(Heartbeat { at: note.now, reported });
+        let heartbeat =
+            self.heartbeats.entry(name.clone()).or_insert(Heartbeat { at: Instant::now(), reported });
         if heartbeat.reported != reported {
-            *heartbeat = Heartbeat { at: note.now, reported };
+            *heartbeat = Heartbeat { at: Instant::now(), reported };
         }
         if node::wants_pods(&parsed) {
             self.watched_nodes.insert(name.clone());
@@ -269,29 +270,24 @@ impl Index {
     }
 
     /// A renewed Lease only moves the time; the node is looked at when that has run out.
-    fn note_lease(&mut self, note: &Note<'_>, node: &str) {
+    fn note_lease(&mut self, node: &str) {
         let reported = self.heartbeats.get(node).and_then(|h| h.reported);
-        self.heartbeats.insert(node.to_owned(), Heartbeat { at: note.now, reported });
+        self.heartbeats.insert(node.to_owned(), Heartbeat { at: Instant::now(), reported });
     }
 
-    /// When a node was last heard of; the first time that it is asked for counts.
-    pub(crate) fn heartbeat(&mut self, node: &str, now: Timestamp) -> Timestamp {
-        self.heartbeats.entry(node.to_owned()).or_insert(Heartbeat { at: now, reported: None }).at
+    /// For how long nothing was heard of a node; the first time that it is asked for counts as a sign of life.
+    pub(crate) fn silent_for(&mut self, node: &str) -> Duration {
+        let first = || Heartbeat { at: Instant::now(), reported: None };
+        self.heartbeats.entry(node.to_owned()).or_insert_with(first).at.elapsed()
     }
 
     /// For how long a Node has been missing.
-    pub(crate) fn missing(
-        &mut self,
-        node: &str,
-        exists: bool,
-        now: Timestamp,
-    ) -> Option<std::time::Duration> {
+    pub(crate) fn missing_for(&mut self, node: &str, exists: bool) -> Option<Duration> {
         if exists {
             self.missing.remove(node);
             return None;
         }
-        let since = *self.missing.entry(node.to_owned()).or_insert(now);
-        Some(std::time::Duration::try_from(now.duration_since(since)).unwrap_or_default())
+        Some(self.missing.entry(node.to_owned()).or_insert_with(Instant::now).elapsed())
     }
 
     /// Nothing is bound to a missing Node any more.

@@ -30,8 +30,9 @@ const AGENT_CONDITIONS: [&str; 4] = ["Ready", "MemoryPressure", "DiskPressure", 
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Observed {
     pub(crate) node: Node,
-    /// When this process last saw a sign of life: a renewed Lease, a heartbeat, or the node for the first time.
-    pub(crate) heartbeat: Timestamp,
+    /// For how long this process has seen no sign of life: a renewed Lease, a heartbeat, or the node for the first
+    /// time. By a clock that nobody sets: a jump of the time of day must not make all nodes silent.
+    pub(crate) silent_for: Duration,
     /// Whether some other node is ready.
     pub(crate) others_ready: bool,
     /// The pods bound to the node; only needed if [`wants_pods`] says so.
@@ -50,12 +51,10 @@ pub(crate) fn reconcile(seen: &Observed) -> Vec<Action> {
     if node.metadata.is_deleting() {
         return Vec::new();
     }
-    let deadline = SignedDuration::from_secs(i64::try_from(limits::NODE_GRACE_SECS).unwrap_or(i64::MAX));
-    let silence = seen.now.duration_since(seen.heartbeat);
+    let grace = Duration::from_secs(limits::NODE_GRACE_SECS);
     let mut actions = Vec::new();
-    if silence < deadline {
-        let left = Duration::try_from(deadline - silence).unwrap_or(Duration::ZERO);
-        actions.push(Action::Again(left.max(Duration::from_secs(1))));
+    if seen.silent_for < grace {
+        actions.push(Action::Again(grace - seen.silent_for));
     } else if let Some(conditions) = unknown(seen) {
         // The taints follow with the event of this edit.
         actions.push(Action::Edit {
@@ -67,7 +66,11 @@ pub(crate) fn reconcile(seen: &Observed) -> Vec<Action> {
             about: Target::of(&NODES, &node.metadata),
             warning: false,
             reason: "NodeNotReady",
-            message: format!("Node {} has not been heard of for {} s", node.metadata.name, silence.as_secs()),
+            message: format!(
+                "Node {} has not been heard of for {} s",
+                node.metadata.name,
+                limits::NODE_GRACE_SECS
+            ),
         });
         return actions;
     }
@@ -79,7 +82,8 @@ pub(crate) fn reconcile(seen: &Observed) -> Vec<Action> {
             merge: json!({"spec": {"taints": if taints.is_empty() { Value::Null } else { json!(taints) }}}),
         });
     }
-    if !node.is_ready() {
+    if condition(&node.status.conditions, "Ready").is_some_and(|c| c.status == "Unknown") {
+        // The agent of a node that is merely not ready still speaks for its pods.
         actions.extend(seen.pods.iter().filter_map(|pod| mark_not_ready(pod, seen.now)));
     }
     evict(seen, &taints, &mut actions);
@@ -159,7 +163,7 @@ fn taints(seen: &Observed) -> Vec<Taint> {
     taints
 }
 
-/// A pod on a node that is not ready serves nobody.
+/// Nobody knows whether a pod on a silent node still serves.
 fn mark_not_ready(pod: &Pod, now: Timestamp) -> Option<Action> {
     if pod.is_terminal() || !pod.is_ready() {
         return None;
@@ -168,7 +172,7 @@ fn mark_not_ready(pod: &Pod, now: Timestamp) -> Option<Action> {
     for ready in conditions.iter_mut().filter(|c| c.kind == "Ready") {
         ready.status = "False".to_owned();
         ready.reason = "NodeNotReady".to_owned();
-        ready.message = "the pod's node is not ready".to_owned();
+        ready.message = "the pod's node is not heard of".to_owned();
         ready.last_transition_time = Some(now);
     }
     Some(Action::Edit {
@@ -260,8 +264,14 @@ mod tests {
         }))
     }
 
-    fn seen(node: Node, silent_seconds: i64) -> Observed {
-        Observed { node, heartbeat: at(0), others_ready: true, pods: vec![], now: at(silent_seconds) }
+    fn seen(node: Node, silent_seconds: u64) -> Observed {
+        Observed {
+            node,
+            silent_for: Duration::from_secs(silent_seconds),
+            others_ready: true,
+            pods: vec![],
+            now: at(0),
+        }
     }
 
     fn taint(key: &str, effect: &str, added: Option<&str>) -> Value {
@@ -339,8 +349,8 @@ mod tests {
     }
 
     #[test]
-    fn pods_of_a_node_that_is_not_ready_are_marked_once() {
-        let mut seen = seen(node("False", json!([taint("not-ready", "NoSchedule", None)]), false), 1);
+    fn pods_of_a_silent_node_are_marked_once() {
+        let mut seen = seen(node("Unknown", json!([taint("unreachable", "NoSchedule", None)]), false), 1);
         seen.others_ready = false;
         let mut ended = pod("ended", json!([]));
         ended.status.phase = "Succeeded".to_owned();
@@ -354,6 +364,12 @@ mod tests {
         assert_eq!((&conditions[0]["status"], &conditions[1]["status"]), (&json!("True"), &json!("False")));
         seen.pods[0].status.conditions[1].status = "False".to_owned();
         assert!(matches!(&reconcile(&seen)[..], [Action::Again(_)]));
+        seen.node = node("False", json!([taint("not-ready", "NoSchedule", None)]), false);
+        seen.pods = vec![pod("a", json!([]))];
+        assert!(
+            matches!(&reconcile(&seen)[..], [Action::Again(_)]),
+            "an agent that talks speaks for its pods"
+        );
     }
 
     #[test]
@@ -381,8 +397,8 @@ mod tests {
             (json!([{"key": "dedicated", "value": "y"}]), &dedicated, "True", 0, true),
         ];
         for (tolerations, taints, ready, seconds, evicted) in cases {
-            let mut seen = seen(node(ready, taints.clone(), false), seconds);
-            seen.heartbeat = seen.now;
+            let mut seen = seen(node(ready, taints.clone(), false), 0);
+            seen.now = at(seconds);
             seen.pods = vec![pod("a", tolerations.clone())];
             let actions = reconcile(&seen);
             let deletes = actions.iter().any(|a| matches!(a, Action::Delete { .. }));

@@ -252,7 +252,7 @@ impl Look<'_> {
         let others = self.list(&kinds::NODES, None, |other| other.ready && *other.name != *key.name);
         let pods = if node::wants_pods(&node) { self.pods_of_node(&key.name)? } else { Vec::new() };
         Ok(node::reconcile(&node::Observed {
-            heartbeat: self.index.heartbeat(&key.name, self.now),
+            silent_for: self.index.silent_for(&key.name),
             node,
             others_ready: !others.is_empty(),
             pods,
@@ -266,7 +266,7 @@ impl Look<'_> {
 
     fn pod_gc(&mut self, key: &Key) -> Result<Vec<Action>, ReadError> {
         let exists = !key.name.is_empty() && self.registry.get(&kinds::NODES, "", &key.name).is_ok();
-        let missing = self.index.missing(&key.name, exists, self.now);
+        let missing = self.index.missing_for(&key.name, exists);
         let pods = match missing {
             Some(_) => self.pods_of_node(&key.name)?,
             None => Vec::new(),
