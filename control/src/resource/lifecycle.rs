@@ -302,6 +302,14 @@ fn prepare_main(kind: &Kind, new: &mut Value, old: &Value) -> Result<(), ApiErro
     if kind.status {
         carry(root, old.as_object(), "status");
     }
+    if kind == &kinds::PODS && at(new, &["spec", "nodeName"]) != at(old, &["spec", "nodeName"]) {
+        let cause = Cause {
+            reason: CauseReason::Forbidden,
+            message: "Forbidden: may not be changed; a pod is bound through its binding".to_owned(),
+            field: "spec.nodeName".to_owned(),
+        };
+        return Err(ApiError::invalid(kind, object::name(old), vec![cause]));
+    }
     if kind == &kinds::NAMESPACES {
         let finalizers = at(old, &["spec", "finalizers"]).cloned();
         let spec = object::map_mut(new, "spec");
