@@ -52,12 +52,17 @@ fn make_image(root: &Path) {
 
 /// A specification of a container of the bed's image that runs a shell script.
 pub(crate) fn shell(bed: &Bed, name: &str, script: &str) -> ContainerSpec {
+    shell_in(bed.dir.path(), name, script)
+}
+
+/// [`shell`] for the bed below a directory.
+pub(crate) fn shell_in(bed: &Path, name: &str, script: &str) -> ContainerSpec {
     ContainerSpec {
         name: name.to_owned(),
         image: ImageRef {
             reference: "busybox".into(),
             id: "sha256:0".into(),
-            layers: vec![bed.dir.path().join("image")],
+            layers: vec![bed.join("image")],
             ..ImageRef::default()
         },
         command: ["/bin/sh", "-c", script].map(str::to_owned).to_vec(),
@@ -102,6 +107,13 @@ impl Bed {
 
     pub(crate) fn wait<T>(&self, future: impl Future<Output = T>) -> T {
         self.tokio.block_on(future)
+    }
+
+    pub(crate) fn spawn<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> tokio::task::JoinHandle<T> {
+        self.tokio.spawn(future)
     }
 
     /// A pod's log file.

@@ -138,7 +138,7 @@ fn the_filesystem_is_what_containers_expect() {
     let bed = Bed::new();
     let mut node = bed.open();
     let script = "
-        for d in null zero full random urandom tty; do test -c /dev/$d || echo missing $d; done
+        for d in null zero full random urandom tty; do test -c /dev/$d || echo missing $d; stat -c %a /dev/$d; done | sort -u
         for l in fd stdin stdout stderr ptmx; do test -L /dev/$l || echo missing $l; done
         echo x > /dev/null; echo y > /dev/stdout; echo z > /proc/self/fd/1
         df -m /dev/shm | tail -1 | { read a b c; echo shm $b; }
@@ -158,7 +158,7 @@ fn the_filesystem_is_what_containers_expect() {
     spec.env = vec![("B".into(), "pod".into())];
     spec.working_dir = "/work/made".into();
     let (exit, text) = node.run("a", spec);
-    let expected = "y\nz\nshm 64\nsh\na\na\n/work/made\na /root image pod\n0022\n\
+    let expected = "666\ny\nz\nshm 64\nsh\na\na\n/work/made\na /root image pod\n0022\n\
         SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n0\n1\n2\n3\n";
     assert_eq!((text.as_str(), exit.code), (expected, 0));
 }

@@ -62,13 +62,15 @@ pub(super) struct Rootfs<'a> {
     pub(super) hierarchies: &'a Hierarchies,
     /// The container's group.
     pub(super) group: &'a Path,
-    /// `/dev/shm` and the files of `/etc`; false where the node's are used.
+    /// File that the container may leave a message in.
     pub(super) termination_log: &'a Path,
 }
 
 impl Rootfs<'_> {
     /// Makes it and moves into it; the node's files are out of reach afterwards.
     pub(super) fn enter(&self) -> Result<()> {
+        // Modes below are meant as they are written.
+        let umask = nix::sys::stat::umask(Mode::empty());
         let mounted = self.overlay()?;
         let point = open(AT_FDCWD, Path::new(names::ROOTFS), ResolveFlag::empty()).stage("open rootfs")?;
         sys::move_mount(&mounted, point.as_fd()).stage("attach the root filesystem")?;
@@ -89,6 +91,7 @@ impl Rootfs<'_> {
         fchdir(&root).stage("enter the root filesystem")?;
         pivot_root(".", ".").stage("pivot_root")?;
         umount2(".", MntFlags::MNT_DETACH).stage("leave the node's filesystem")?;
+        nix::sys::stat::umask(umask);
         nix::unistd::chdir("/").stage("enter the root filesystem")
     }
 
