@@ -129,3 +129,17 @@ pub const DATAPLANE_NOTICES_QUEUED_MAX: usize = 256;
 pub const DATAPLANE_ROUNDS_MAX: usize = 8;
 /// How often links and node addresses are looked after.
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
+/// Longest pause between two tries of a watch.
+pub const WATCH_RETRY_MAX_S: u64 = 5;
+/// With less memory available the node reports MemoryPressure; pods are not promised it.
+pub const NODE_MEMORY_AVAILABLE_BYTES_MIN: i64 = 100 << 20;
+/// A status that is about to change again is held back this long at most.
+pub const STATUS_HOLD_MS: u64 = 250;
+/// First pause between readiness probes of a container that was never ready; doubles up to the period.
+pub const PROBE_EAGER_FIRST_MS: u64 = 10;
+/// Pieces in which logs are read and sent.
+pub const LOG_CHUNK_BYTES: usize = 32 * 1024;
+/// Pieces of a log waiting for a slow reader.
+pub const LOG_CHUNKS_QUEUED_MAX: usize = 4;
+/// How often a followed log is looked at.
+pub const LOG_FOLLOW_MS: u64 = 100;

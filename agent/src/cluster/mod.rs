@@ -1,3 +1,11 @@
-//! What the API says, as compact models. No typed API object outlives the function that decoded it.
+//! What the API says, as compact models, and what the agent tells it. No typed API object outlives the
+//! function that decoded it.
 
+pub mod client;
+pub mod events;
+pub mod lease;
+pub mod node;
+pub mod pods;
 pub mod services;
+
+pub use client::{ApiError, Client, chain};

@@ -1,5 +1,6 @@
-//! The environment of a container: the image's, then every source of `envFrom`, then `env` in order,
-//! each later one winning. References to earlier variables are expanded; nothing is read here.
+//! What a pod adds to the environment of a container's image: every source of `envFrom`, then `env` in
+//! order, each later one winning. References to earlier variables are expanded; nothing is read here.
+//! Not there yet: variables for the services of the namespace (`enableServiceLinks`).
 
 use std::collections::BTreeMap;
 
@@ -46,15 +47,11 @@ pub fn needed(container: &Container) -> (Vec<&str>, Vec<&str>) {
 pub fn build(
     pod: &Pod,
     container: &Container,
-    image_env: &[(String, String)],
     sources: &Sources,
     facts: &Facts<'_>,
 ) -> Result<Vec<(String, String)>, String> {
     let mut env = Env::default();
     env.set("HOSTNAME", hostname(pod));
-    for (name, value) in image_env {
-        env.set(name, value.clone());
-    }
     for from in &container.env_from {
         let (kind, reference, map) = match (&from.config_map_ref, &from.secret_ref) {
             (Some(reference), _) => ("ConfigMap", reference, &sources.config_maps),
@@ -286,11 +283,9 @@ mod tests {
         sources.secrets.insert("gone".into(), None);
         let ips = ["10.0.0.7".parse().expect("an address")];
         let facts = Facts { pod_ips: &ips, ..Facts::default() };
-        let image = [("PATH".to_owned(), "/bin".to_owned()), ("A".to_owned(), "image".to_owned())];
-        let env = build(&pod, &pod.spec.containers[0], &image, &sources, &facts).expect("an environment");
+        let env = build(&pod, &pod.spec.containers[0], &sources, &facts).expect("an environment");
         let expected = [
             ("HOSTNAME", "web-1"),
-            ("PATH", "/bin"),
             ("A", "2"),
             ("B", "1-v-$(NOPE)-$(A)"),
             ("P_k", "v"),
@@ -315,7 +310,7 @@ mod tests {
             {"envFrom":[{"secretRef":{"name":"s"}}]},
             {"env":[{"name":"A","valueFrom":{"fieldRef":{"fieldPath":"spec.nope"}}}]}]}}"#);
         let says = |i: usize, sources: &Sources| {
-            build(&pod, &pod.spec.containers[i], &[], sources, &Facts::default()).expect_err("an error")
+            build(&pod, &pod.spec.containers[i], sources, &Facts::default()).expect_err("an error")
         };
         let none = Sources::default();
         assert_eq!(says(0, &none), "env A: ConfigMap \"cm\" not found");

@@ -740,11 +740,9 @@ impl Chaos {
             }
             Event::Vanish => self.machine.vanished(None, self.now),
             Event::Pass { seconds } => self.now += seconds * 1000,
-            Event::Report => {
-                if self.machine.status_is_final() {
-                    self.reported = true;
-                    self.machine.final_status_accepted();
-                }
+            Event::Report if self.machine.status_is_final() => {
+                self.reported = true;
+                self.machine.final_status_accepted();
             }
             _ => {}
         }
