@@ -7,13 +7,31 @@ pub mod dataplane;
 pub mod limits;
 pub mod network;
 pub mod pod;
+pub mod preflight;
 pub mod runtime;
 pub mod server;
 pub mod service;
 
-pub use config::{AgentConfig, Component, ConfigError};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+pub use config::{AgentConfig, Component, ConfigError};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+
+use cluster::{Client, events, lease, node, pods};
+use network::{Network, NetworkConfig};
+use pod::act::Means;
+use pod::driver::Driver;
+use pod::prober::Prober;
+use pod::spec::NodeSettings;
+use pod::worker::{Clock, Shared};
+use runtime::image::ImageStore;
+use runtime::{Runtime, RuntimeConfig, RuntimeEvent};
+use server::metrics::Metrics;
 
 /// Why an agent could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -21,12 +39,297 @@ pub enum AgentError {
     /// The configuration contradicts itself.
     #[error("configuration of the agent")]
     Config(#[from] ConfigError),
+    /// The host lacks something.
+    #[error("this host lacks {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Host(Vec<preflight::Missing>),
+    /// A file or directory of the agent's own can't be used.
+    #[error("{op} {path}")]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The kubeconfig can't be used.
+    #[error("kubeconfig {path}")]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: kube::config::KubeconfigError,
+    },
+    /// No client can be made of the kubeconfig.
+    #[error("client for {path}")]
+    Client {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<kube::Error>,
+    },
+    /// An address is taken or not this host's.
+    #[error("listening on {address} ({field})")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The setting.
+        field: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The https listener has no identity.
+    #[error("the https listener")]
+    Tls(#[from] server::tls::TlsError),
+    /// The probes' TLS can't be set up.
+    #[error("TLS of probes")]
+    ProbeTls(#[from] rustls::Error),
+    /// Containers can't be run.
+    #[error("starting the container runtime")]
+    Runtime(#[from] runtime::RuntimeError),
+    /// Images can't be used.
+    #[error("opening the image store")]
+    Images(#[from] runtime::image::ImageError),
+    /// Pods can't be connected.
+    #[error("starting the pod network")]
+    Network(#[from] network::NetworkError),
+    /// A part of the agent ended that never should.
+    #[error("the agent's {0} ended unexpectedly")]
+    Ended(&'static str),
 }
 
 /// Runs an agent until `shutdown` is cancelled. Containers, their network and the service tables stay
 /// as they are when it returns; the next agent adopts them.
-pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), AgentError> {
+pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result<(), AgentError> {
+    complete(&mut config);
     config.validate()?;
-    shutdown.cancelled().await;
+    let missing = preflight::check(&preflight::Host::read(), &config);
+    if !missing.is_empty() {
+        return Err(AgentError::Host(missing));
+    }
+    make_directories(&config)?;
+    let (client, client_cas) = connect(&config.kubeconfig).await?;
+    let health_listener = listen(config.health_listen, "health_listen").await?;
+    let metrics = Metrics::default();
+    let mut tasks: JoinSet<Result<(), AgentError>> = JoinSet::new();
+    let mut registry = None;
+    if config.does(Component::Pods) {
+        let pods = open_pods(&config, &client, client_cas, &metrics, &shutdown).await?;
+        registry = Some(pods.shared.registry.clone());
+        pods.spawn(&config, &client, &mut tasks, &shutdown);
+    }
+    let health = Arc::new(health(&metrics, registry));
+    let serving = server::serve_health(health_listener, health, shutdown.clone());
+    spawn(&mut tasks, "health listener", serving, &shutdown);
+    tracing::info!(node = config.node_name, version = env!("CARGO_PKG_VERSION"), "agent started");
+    let mut result = Ok(());
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        Some(ended) = tasks.join_next() => result = ended.unwrap_or(Err(AgentError::Ended("task"))),
+    }
+    shutdown.cancel();
+    let settle = limits::secs(limits::SHUTDOWN_TIMEOUT_S);
+    if tokio::time::timeout(settle, async { while tasks.join_next().await.is_some() {} }).await.is_err() {
+        tracing::warn!("parts of the agent did not end in time and are cut off");
+    }
+    tracing::info!("agent stopped; what runs keeps running");
+    result
+}
+
+/// Fills in what the host knows.
+fn complete(config: &mut AgentConfig) {
+    if config.node_name.is_empty() {
+        let name = nix::unistd::gethostname().unwrap_or_default();
+        config.node_name = name.to_string_lossy().to_lowercase();
+    }
+    if config.node_ips.is_empty() {
+        config.node_ips = node::find_ips();
+    }
+}
+
+fn memory_dir(config: &AgentConfig) -> PathBuf {
+    config.run_dir.join("agent")
+}
+
+fn make_directories(config: &AgentConfig) -> Result<(), AgentError> {
+    let mut dirs = vec![config.state_dir.clone(), config.run_dir.clone(), memory_dir(config)];
+    if config.does(Component::Pods) {
+        dirs.push(config.log_dir.clone());
+    }
+    dirs.extend(config.cgroup_path.clone());
+    for path in dirs {
+        if let Err(source) = std::fs::create_dir_all(&path) {
+            return Err(AgentError::Io { op: "making directory", path, source });
+        }
+    }
     Ok(())
+}
+
+async fn connect(path: &Path) -> Result<(Client, Vec<Vec<u8>>), AgentError> {
+    let wrong = |source| AgentError::Kubeconfig { path: path.to_owned(), source };
+    let kubeconfig = kube::config::Kubeconfig::read_from(path).map_err(wrong)?;
+    let options = kube::config::KubeConfigOptions::default();
+    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(wrong)?;
+    config.connect_timeout = Some(limits::secs(limits::API_CONNECT_TIMEOUT_S));
+    let cas = config.root_cert.clone().unwrap_or_default();
+    let client = kube::Client::try_from(config)
+        .map_err(|source| AgentError::Client { path: path.to_owned(), source: Box::new(source) })?;
+    Ok((Client::new(client), cas))
+}
+
+async fn listen(address: SocketAddr, field: &'static str) -> Result<TcpListener, AgentError> {
+    TcpListener::bind(address).await.map_err(|source| AgentError::Listen { address, field, source })
+}
+
+/// Everything that runs pods, open but idle.
+struct Pods {
+    shared: Arc<Shared>,
+    events: mpsc::UnboundedReceiver<RuntimeEvent>,
+    telling: futures::future::BoxFuture<'static, ()>,
+    listener: TcpListener,
+    tls: Arc<rustls::ServerConfig>,
+    facts: node::Facts,
+}
+
+async fn open_pods(
+    config: &AgentConfig,
+    client: &Client,
+    client_cas: Vec<Vec<u8>>,
+    metrics: &Metrics,
+    shutdown: &CancellationToken,
+) -> Result<Pods, AgentError> {
+    let listener = listen(config.listen, "listen").await?;
+    let port = listener.local_addr().map_or(config.listen.port(), |address| address.port());
+    let files = config.tls_cert.as_deref().zip(config.tls_key.as_deref());
+    let tls = server::tls::server_config(files, &config.node_name, &config.node_ips, &client_cas)?;
+    let (runtime, events) = Runtime::open(RuntimeConfig {
+        state_dir: config.state_dir.clone(),
+        run_dir: config.run_dir.clone(),
+        log_dir: config.log_dir.clone(),
+        cgroup_path: config.cgroup_path.clone(),
+        shim_exe: config.shim_exe.clone(),
+    })
+    .await?;
+    let state_dir = config.state_dir.clone();
+    let images = tokio::task::spawn_blocking(move || ImageStore::open(&state_dir))
+        .await
+        .map_err(|_| AgentError::Ended("image store"))??;
+    let network = Network::open(NetworkConfig {
+        state_dir: config.state_dir.clone(),
+        node_ips: config.node_ips.clone(),
+        pod_cidrs: config.pod_cidrs.clone(),
+        uplinks: config.uplinks.clone(),
+    })
+    .await?;
+    let facts = node_facts(config, port);
+    let (recorder, telling) =
+        events::Recorder::start(client.clone(), config.node_name.clone(), shutdown.clone());
+    let means = Means {
+        prober: Prober::new(runtime.clone())?,
+        runtime,
+        images,
+        network,
+        api: client.clone(),
+        node: node_settings(config, &facts),
+        state_dir: config.state_dir.clone(),
+        log_dir: config.log_dir.clone(),
+        starts: tokio::sync::Semaphore::new(limits::POD_STARTS_IN_FLIGHT_MAX),
+    };
+    let shared = Arc::new(Shared {
+        means: Arc::new(means),
+        recorder,
+        metrics: metrics.clone(),
+        registry: pod::registry::Registry::default(),
+        memory_dir: memory_dir(config),
+        clock: Clock::start(),
+    });
+    Ok(Pods { shared, events, telling: Box::pin(telling), listener, tls, facts })
+}
+
+fn node_facts(config: &AgentConfig, port: u16) -> node::Facts {
+    node::Facts {
+        name: config.node_name.clone(),
+        ips: config.node_ips.clone(),
+        pod_cidrs: config.pod_cidrs.clone(),
+        labels: config.node_labels.clone(),
+        port,
+        cpus: std::thread::available_parallelism().map_or(1, |n| i64::try_from(n.get()).unwrap_or(1)),
+        memory_bytes: node::read_memory().0,
+        storage_bytes: node::read_storage(&config.state_dir),
+        max_pods: config.max_pods,
+        info: node::read_info(),
+    }
+}
+
+fn node_settings(config: &AgentConfig, facts: &node::Facts) -> NodeSettings {
+    let resolver = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    NodeSettings {
+        ips: config.node_ips.clone(),
+        allocatable: facts.allocatable(),
+        cluster_dns: config.cluster_dns.clone(),
+        cluster_domain: config.cluster_domain.clone(),
+        resolver: pod::spec::parse_resolver(&resolver),
+    }
+}
+
+impl Pods {
+    fn spawn(
+        self,
+        config: &AgentConfig,
+        client: &Client,
+        tasks: &mut JoinSet<Result<(), AgentError>>,
+        shutdown: &CancellationToken,
+    ) {
+        let (uid, uid_seen) = tokio::sync::watch::channel(String::new());
+        let revived = Arc::new(tokio::sync::Notify::new());
+        let keeper = node::Keeper {
+            client: client.clone(),
+            facts: self.facts,
+            storage: config.state_dir.clone(),
+            uid,
+            revived: revived.clone(),
+        };
+        spawn(tasks, "node registration", keeper.keep(shutdown.clone()), shutdown);
+        let name = config.node_name.clone();
+        let lease = lease::keep(client.clone(), name, uid_seen, revived, shutdown.clone());
+        spawn(tasks, "lease renewal", lease, shutdown);
+        spawn(tasks, "event recorder", self.telling, shutdown);
+        let node = server::Node {
+            runtime: self.shared.means.runtime.clone(),
+            registry: self.shared.registry.clone(),
+            log_dir: config.log_dir.clone(),
+        };
+        let serving = server::serve_node(self.listener, self.tls, node, shutdown.clone());
+        spawn(tasks, "https listener", serving, shutdown);
+        let watch = pods::watch(client.kube(), &config.node_name);
+        let driver = Driver::run(self.shared, watch, self.events, shutdown.clone());
+        spawn(tasks, "pod driver", driver, shutdown);
+    }
+}
+
+/// Starts a part that ends only with the agent.
+fn spawn(
+    tasks: &mut JoinSet<Result<(), AgentError>>,
+    name: &'static str,
+    work: impl Future<Output = ()> + Send + 'static,
+    shutdown: &CancellationToken,
+) {
+    let shutdown = shutdown.clone();
+    tasks.spawn(async move {
+        work.await;
+        if shutdown.is_cancelled() { Ok(()) } else { Err(AgentError::Ended(name)) }
+    });
+}
+
+fn health(metrics: &Metrics, pods: Option<pod::registry::Registry>) -> server::Health {
+    let mut registry = prometheus_client::registry::Registry::default();
+    metrics.register(&mut registry);
+    let metrics = metrics.clone();
+    let refresh = move |_out: &mut String| {
+        if let Some(pods) = &pods {
+            let (_, running) = pods.counts();
+            metrics.containers.set(i64::try_from(running).unwrap_or(i64::MAX));
+        }
+    };
+    server::Health { metrics: registry, refresh: server::Refresh(Box::new(refresh)) }
 }

@@ -143,3 +143,7 @@ pub const LOG_CHUNK_BYTES: usize = 32 * 1024;
 pub const LOG_CHUNKS_QUEUED_MAX: usize = 4;
 /// How often a followed log is looked at.
 pub const LOG_FOLLOW_MS: u64 = 100;
+/// How long the agent waits for its own parts to end.
+pub const SHUTDOWN_TIMEOUT_S: u64 = 5;
+/// TCP and TLS to the API server.
+pub const API_CONNECT_TIMEOUT_S: u64 = 5;

@@ -14,7 +14,7 @@ use super::model::Pod;
 use super::registry::Entry;
 use super::resources::{self, Allocatable};
 use super::spec::POD_ANNOTATION;
-use super::worker::{Input, Shared, Worker};
+use super::worker::{AbortOnDrop, Input, Shared, Worker};
 use crate::cluster::chain;
 use crate::cluster::pods::PodEvent;
 use crate::limits;
@@ -25,6 +25,8 @@ struct Handle {
     inbox: mpsc::UnboundedSender<Input>,
     pod: Arc<Pod>,
     present: bool,
+    /// Ends with the driver, wherever it is: as if the agent had been killed.
+    _task: AbortOnDrop,
 }
 
 /// See the module.
@@ -161,12 +163,12 @@ impl Driver {
         let (inbox, inputs) = mpsc::unbounded_channel();
         let worker = Worker::new(self.shared.clone(), machine, inputs, inbox.clone(), record.is_some());
         let (ended, uid) = (self.ended.clone(), pod.uid.clone());
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             worker.run().await;
             // Nobody listens any more only when the agent is stopping.
             drop(ended.send(uid));
         });
-        self.workers.insert(pod.uid.clone(), Handle { inbox, pod, present });
+        self.workers.insert(pod.uid.clone(), Handle { inbox, pod, present, _task: AbortOnDrop(task) });
         self.count();
     }
 

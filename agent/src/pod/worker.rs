@@ -396,10 +396,10 @@ impl Worker {
     }
 
     fn observe_ready(&mut self) {
-        if self.first_seen.is_some() && self.machine.is_ready() {
-            if let Some(seen) = self.first_seen.take() {
-                self.shared.metrics.pod_start.observe(seen.elapsed().as_secs_f64());
-            }
+        if self.machine.is_ready()
+            && let Some(seen) = self.first_seen.take()
+        {
+            self.shared.metrics.pod_start.observe(seen.elapsed().as_secs_f64());
         }
     }
 
@@ -472,7 +472,8 @@ impl Worker {
 }
 
 /// A task that ends with whoever wanted it.
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
+#[derive(Debug)]
+pub(super) struct AbortOnDrop(pub(super) tokio::task::JoinHandle<()>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

@@ -285,6 +285,9 @@ async fn pump(
     }
 }
 
+/// Time, stream and tag of a record.
+const RECORD_HEAD_BYTES_MAX: usize = 64;
+
 /// The text of the last lines of a log, at most `lines` of them and `bytes` in all. Empty if there is no
 /// log.
 pub fn tail_text(path: &Path, lines: usize, bytes: usize) -> String {
@@ -292,7 +295,8 @@ pub fn tail_text(path: &Path, lines: usize, bytes: usize) -> String {
         let mut file = File::open(path)?;
         let (at, _) = tail_start(&mut file, lines)?;
         let length = file.seek(SeekFrom::End(0))?;
-        let window = u64::try_from(bytes).unwrap_or(u64::MAX).saturating_mul(2);
+        let heads = lines.saturating_mul(RECORD_HEAD_BYTES_MAX);
+        let window = u64::try_from(bytes.saturating_add(heads)).unwrap_or(u64::MAX);
         let from = at.max(length.saturating_sub(window));
         file.seek(SeekFrom::Start(from))?;
         let mut raw = Vec::new();
@@ -427,6 +431,7 @@ mod tests {
         std::fs::write(&path, lines(0..100)).expect("write");
         assert_eq!(tail_text(&path, 2, 1000), "line 98\nline 99");
         assert_eq!(tail_text(&path, 80, 7), "line 99");
+        assert_eq!(tail_text(&path, 1, 7), "line 99");
         assert_eq!(tail_text(&dir.path().join("none"), 1, 1), "");
     }
 }

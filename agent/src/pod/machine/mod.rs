@@ -679,7 +679,7 @@ pub(super) fn lost_exit(now: Millis, message: &str) -> Exit {
     }
 }
 
-pub(super) fn find<'a>(pod: &'a Pod, container: &str) -> Option<&'a Container> {
+pub(crate) fn find<'a>(pod: &'a Pod, container: &str) -> Option<&'a Container> {
     let mut all = pod.spec.init_containers.iter().chain(&pod.spec.containers);
     all.find(|spec| spec.name == container)
 }
