@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use cluster::{Client, events, lease, node, pods};
+use dataplane::{DataplaneConfig, StatsHandle};
 use network::{Network, NetworkConfig};
 use pod::act::Means;
 use pod::driver::Driver;
@@ -93,6 +94,9 @@ pub enum AgentError {
     /// Pods can't be connected.
     #[error("starting the pod network")]
     Network(#[from] network::NetworkError),
+    /// Services can't be balanced.
+    #[error("starting the data plane")]
+    Dataplane(#[from] Box<dataplane::DataplaneError>),
     /// A part of the agent ended that never should.
     #[error("the agent's {0} ended unexpectedly")]
     Ended(&'static str),
@@ -101,7 +105,7 @@ pub enum AgentError {
 /// Runs an agent until `shutdown` is cancelled. Containers, their network and the service tables stay
 /// as they are when it returns; the next agent adopts them.
 pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result<(), AgentError> {
-    complete(&mut config);
+    complete(&mut config)?;
     config.validate()?;
     let missing = preflight::check(&preflight::Host::read(), &config);
     if !missing.is_empty() {
@@ -118,7 +122,12 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         registry = Some(pods.shared.registry.clone());
         pods.spawn(&config, &client, &mut tasks, &shutdown);
     }
-    let health = Arc::new(health(&metrics, registry));
+    let stats = StatsHandle::default();
+    if config.does(Component::Services) {
+        let plane = dataplane::run(client.kube(), dataplane_config(&config, &stats), shutdown.clone());
+        tasks.spawn(async move { plane.await.map_err(|error| AgentError::Dataplane(Box::new(error))) });
+    }
+    let health = Arc::new(health(&metrics, registry, stats));
     let serving = server::serve_health(health_listener, health, shutdown.clone());
     spawn(&mut tasks, "health listener", serving, &shutdown);
     tracing::info!(node = config.node_name, version = env!("CARGO_PKG_VERSION"), "agent started");
@@ -136,15 +145,34 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
     result
 }
 
+fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneConfig {
+    DataplaneConfig {
+        pin_dir: config.pin_dir.clone(),
+        cgroup_path: config.cgroup_path.clone(),
+        uplinks: config.uplinks.clone(),
+        node_name: config.node_name.clone(),
+        node_ips: config.node_ips.clone(),
+        node_port_range: config.node_port_range,
+        stats: stats.clone(),
+    }
+}
+
 /// Fills in what the host knows.
-fn complete(config: &mut AgentConfig) {
+fn complete(config: &mut AgentConfig) -> Result<(), AgentError> {
     if config.node_name.is_empty() {
         let name = nix::unistd::gethostname().unwrap_or_default();
         config.node_name = name.to_string_lossy().to_lowercase();
     }
-    if config.node_ips.is_empty() {
-        config.node_ips = node::find_ips();
+    if config.node_ips.is_empty() || config.uplinks.is_empty() {
+        let found = network::node_addresses(&config.uplinks)?;
+        if config.node_ips.is_empty() {
+            config.node_ips = found.ips;
+        }
+        if config.uplinks.is_empty() {
+            config.uplinks = found.uplinks;
+        }
     }
+    Ok(())
 }
 
 fn memory_dir(config: &AgentConfig) -> PathBuf {
@@ -321,11 +349,12 @@ fn spawn(
     });
 }
 
-fn health(metrics: &Metrics, pods: Option<pod::registry::Registry>) -> server::Health {
+fn health(metrics: &Metrics, pods: Option<pod::registry::Registry>, stats: StatsHandle) -> server::Health {
     let mut registry = prometheus_client::registry::Registry::default();
     metrics.register(&mut registry);
     let metrics = metrics.clone();
-    let refresh = move |_out: &mut String| {
+    let refresh = move |out: &mut String| {
+        server::metrics::write_dataplane(out, &stats.snapshot());
         if let Some(pods) = &pods {
             let (_, running) = pods.counts();
             metrics.containers.set(i64::try_from(running).unwrap_or(i64::MAX));

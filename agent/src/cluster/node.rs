@@ -2,7 +2,7 @@
 //! every change and at least every `limits::NODE_STATUS_PERIOD_S`. Labels and taints of others are kept.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, UdpSocket};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -212,40 +212,6 @@ pub fn read_pressure(storage: &Path) -> Pressure {
         disk,
         pids: pids_max > 0 && tasks > pids_max / 10 * 9,
     }
-}
-
-/// The addresses by which this host sends to others; without a default route, those of its first
-/// interface that has any.
-pub fn find_ips() -> Vec<IpAddr> {
-    let towards = |bind: &str, to: &str| -> Option<IpAddr> {
-        let socket = UdpSocket::bind(bind).ok()?;
-        socket.connect(to).ok()?;
-        socket
-            .local_addr()
-            .ok()
-            .map(|local| local.ip())
-            .filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
-    };
-    let routed = [towards("0.0.0.0:0", "192.0.2.1:9"), towards("[::]:0", "[2001:db8::1]:9")];
-    let mut ips: Vec<IpAddr> = routed.into_iter().flatten().collect();
-    if ips.is_empty()
-        && let Ok(interfaces) = nix::ifaddrs::getifaddrs()
-    {
-        for address in interfaces.filter_map(|interface| interface.address) {
-            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-            let ip = v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())));
-            let usable = |ip: &IpAddr| match ip {
-                IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
-                IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
-            };
-            if let Some(ip) = ip.filter(usable)
-                && !ips.iter().any(|known: &IpAddr| known.is_ipv4() == ip.is_ipv4())
-            {
-                ips.push(ip);
-            }
-        }
-    }
-    ips
 }
 
 /// A Node on the wire; only what is looked at.

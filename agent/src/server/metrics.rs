@@ -7,6 +7,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::dataplane::DataplaneStats;
 use crate::pod::probe::{ProbeKind, ProbeResult};
 
 /// Labels of a probe result.
@@ -114,6 +115,50 @@ impl Metrics {
     }
 }
 
+/// Writes the data plane's figures as text, before those of the registry.
+pub fn write_dataplane(out: &mut String, stats: &DataplaneStats) {
+    let mut gauge = |name: &str, help: &str, value: f64| {
+        family(out, name, "gauge", help);
+        line(out, name, "", value);
+    };
+    let number = |n: usize| u32::try_from(n).map_or(f64::MAX, f64::from);
+    gauge("sheave_services", "Services known from the API", number(stats.services));
+    gauge("sheave_services_refused", "Services not wholly in the table", number(stats.services_refused));
+    gauge("sheave_dataplane_synced", "1 once the table was applied", f64::from(u8::from(stats.synced)));
+    if let Some(usage) = &stats.usage {
+        gauge("sheave_dataplane_frontends", "Frontends in the table", number(usage.frontends));
+        gauge("sheave_dataplane_slots", "Slots in the table", number(usage.slots));
+        gauge("sheave_dataplane_backends", "Backends in the table", number(usage.backends));
+    }
+    let last = stats.last_apply.as_secs_f64();
+    gauge("sheave_dataplane_apply_seconds", "Duration of the last change of the table", last);
+    let mut counter = |name: &str, help: &str, value: u64| {
+        family(out, name, "counter", help);
+        line(out, &format!("{name}_total"), "", value);
+    };
+    counter("sheave_dataplane_applies", "Changes written to the kernel", stats.applies_total);
+    counter("sheave_dataplane_apply_errors", "Changes that failed", stats.apply_errors_total);
+    counter("sheave_dataplane_attach_errors", "Attachments that failed", stats.attach_errors_total);
+    counter(
+        "sheave_dataplane_entries_written",
+        "Map entries written or deleted",
+        stats.entries_written_total,
+    );
+    family(out, "sheave_dataplane_reasons", "counter", "Why the kernel's programs did what they did");
+    for (reason, count) in &stats.reasons {
+        let labels = format!("{{reason=\"{}\",drop=\"{}\"}}", reason.name(), reason.is_drop());
+        line(out, "sheave_dataplane_reasons_total", &labels, count);
+    }
+}
+
+fn family(out: &mut String, name: &str, kind: &str, help: &str) {
+    out.push_str(&format!("# HELP {name} {help}.\n# TYPE {name} {kind}\n"));
+}
+
+fn line(out: &mut String, name: &str, labels: &str, value: impl std::fmt::Display) {
+    out.push_str(&format!("{name}{labels} {value}\n"));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,9 +172,13 @@ mod tests {
         let mut registry = Registry::default();
         metrics.register(&mut registry);
         let mut text = String::new();
+        let reasons = vec![(sheave_ebpf_abi::Counter::Connect, 7)];
+        write_dataplane(&mut text, &DataplaneStats { services: 2, reasons, ..DataplaneStats::default() });
         prometheus_client::encoding::text::encode(&mut text, &registry).expect("text");
         for line in [
             "sheave_agent_pods 3",
+            "sheave_services 2",
+            "sheave_dataplane_reasons_total{reason=\"connect_translated\",drop=\"false\"} 7",
             "sheave_agent_probes_total{probe=\"Liveness\",result=\"Success\"} 1",
             "sheave_agent_pod_start_seconds_bucket{le=\"0.1\"} 1",
         ] {
