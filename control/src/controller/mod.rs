@@ -1,19 +1,15 @@
 //! The controllers: each turns what it observes into actions, and the driver carries them out. Invariant: a
-//! controller's file is pure (observed state in, plain-data actions out); only `driver`, `observe`, `index` and
-//! `event` touch the registry.
+//! controller's file is pure (observed state in, plain-data actions out); only `driver` touches the registry.
 
 mod action;
 mod claim;
 mod deployment;
 mod driver;
 mod endpoint_slice;
-mod event;
 mod garbage;
-mod index;
 pub(crate) mod model;
 mod namespace;
 mod node;
-mod observe;
 mod pod_gc;
 mod queue;
 mod replica_set;
@@ -23,8 +19,8 @@ mod world;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::action::Target;
+pub(crate) use self::driver::event::{Notice, record};
 pub(crate) use self::driver::now;
-pub(crate) use self::event::{Notice, record};
 use crate::registry::Registry;
 
 /// What the controllers have to be told.

@@ -2,6 +2,10 @@
 //! write of its last look was acknowledged. The registry's cache has a write before it is acknowledged, so a look
 //! always sees what the looks before it did: no expectations are kept, and no pod is made twice.
 
+pub(crate) mod event;
+mod index;
+mod observe;
+
 use std::cmp::Ordering;
 use std::hash::{Hash, Hasher};
 use std::time::{Duration, Instant};
@@ -14,11 +18,11 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use self::event::{Notice, record};
+use self::index::{Index, Note};
+use self::observe::Look;
 use super::Config;
 use super::action::{Action, Part, Target};
-use super::event::{Notice, record};
-use super::index::{Index, Note};
-use super::observe::Look;
 use super::queue::{Outcome, Queue};
 use crate::limits;
 use crate::registry::{Registry, Start, WriteOpts};
@@ -125,7 +129,7 @@ struct Driver {
 }
 
 /// Runs until the shutdown. When events were missed it starts over from a listing.
-pub(super) async fn run(registry: Registry, config: Config, shutdown: CancellationToken) {
+pub(crate) async fn run(registry: Registry, config: Config, shutdown: CancellationToken) {
     while !shutdown.is_cancelled() {
         let mut driver = Driver {
             registry: registry.clone(),

@@ -4,7 +4,7 @@
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::action::Target;
+use crate::controller::action::Target;
 use crate::registry::{Registry, WriteOpts};
 use crate::resource::kinds::EVENTS;
 use crate::resource::object::format_time;

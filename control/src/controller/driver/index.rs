@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::driver::{Controller, Key};
-use super::endpoint_slice::{MANAGED_BY, MANAGER, SERVICE_NAME};
-use super::model::{Headed, Meta, Node, ReplicaSet, Service, StringMap, condition};
 use super::observe::{ReadError, dependents_of, view};
-use super::{namespace, node};
+use super::{Controller, Key};
+use crate::controller::endpoint_slice::{MANAGED_BY, MANAGER, SERVICE_NAME};
+use crate::controller::model::{Headed, Meta, Node, ReplicaSet, Service, StringMap, condition};
+use crate::controller::{namespace, node};
 use crate::registry::Registry;
 use crate::resource::{Kind, ObjectIndex, Selectors, find_by_gvk, kinds};
 use crate::store::{Change, Event, Object};
@@ -369,7 +369,7 @@ fn pair(namespace: &str, selector: &StringMap) -> Option<(String, String, String
 
 fn selects(kind: &'static Kind, owner: &Object, object: &ObjectIndex) -> Result<bool, ReadError> {
     if kind == &kinds::DEPLOYMENTS {
-        let deployment: super::model::Deployment = view(owner)?;
+        let deployment: crate::controller::model::Deployment = view(owner)?;
         return Ok(deployment.spec.selector.parsed.matches(object));
     }
     let set: ReplicaSet = view(owner)?;

@@ -6,13 +6,15 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::driver::{Controller, Key};
-use super::endpoint_slice::{SERVICE_NAME, Slice};
-use super::garbage::{Dependent, OwnerState};
 use super::index::Index;
-use super::model::{Deployment, Headed, Meta, Node, OwnerReference, Pod, ReplicaSet, Service, View};
-use super::namespace::{Content, Namespace};
-use super::{
+use super::{Controller, Key};
+use crate::controller::endpoint_slice::{SERVICE_NAME, Slice};
+use crate::controller::garbage::{Dependent, OwnerState};
+use crate::controller::model::{
+    Deployment, Headed, Meta, Node, OwnerReference, Pod, ReplicaSet, Service, View,
+};
+use crate::controller::namespace::{Content, Namespace};
+use crate::controller::{
     Config, action::Action, action::Target, deployment, endpoint_slice, garbage, namespace, node, pod_gc,
     replica_set,
 };
