@@ -711,3 +711,6 @@ fn wanted_finalizers(stored: &Value, propagation: Option<Propagation>) -> Option
     }
     (list != current).then_some(list)
 }
+
+#[cfg(test)]
+mod tests;

@@ -494,6 +494,7 @@ fn carry_over(service: &mut Value, old: &Value) {
             }
         }
     }
+    drop_stale(spec, old);
     let health = object::at(old, &["spec"]).and_then(|s| port_number(s, "healthCheckNodePort"));
     if let Some(health) = health {
         if local && !spec.contains_key("healthCheckNodePort") {
@@ -501,6 +502,27 @@ fn carry_over(service: &mut Value, old: &Value) {
         } else if !local && spec.get("healthCheckNodePort").and_then(Value::as_u64) == Some(u64::from(health))
         {
             spec.remove("healthCheckNodePort");
+        }
+    }
+}
+
+/// Drops settings that belong to the old type when the update sends them back unchanged: a client that only changes
+/// the type has read them, it does not ask for them.
+fn drop_stale(spec: &mut Map<String, Value>, old: &Value) {
+    let kind = spec.get("type").and_then(Value::as_str).unwrap_or("").to_owned();
+    let exposed = matches!(kind.as_str(), "NodePort" | "LoadBalancer")
+        || spec.get("externalIPs").and_then(Value::as_array).is_some_and(|l| !l.is_empty());
+    let sticky = spec.get("sessionAffinity").is_some_and(|a| a == "ClientIP");
+    for (key, kept) in [
+        ("externalTrafficPolicy", exposed),
+        ("allocateLoadBalancerNodePorts", kind == "LoadBalancer"),
+        ("loadBalancerClass", kind == "LoadBalancer"),
+        ("sessionAffinityConfig", sticky),
+        ("internalTrafficPolicy", kind != "ExternalName"),
+        ("externalName", kind == "ExternalName"),
+    ] {
+        if !kept && spec.get(key).is_some_and(|v| object::at(old, &["spec", key]) == Some(v)) {
+            spec.remove(key);
         }
     }
 }

@@ -187,6 +187,34 @@ fn changing_the_type_moves_what_is_held() {
 }
 
 #[test]
+fn settings_of_the_old_type_go() {
+    let mut allocator = dual();
+    let spec = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Cluster", "internalTrafficPolicy": "Cluster",
+        "allocateLoadBalancerNodePorts": true, "sessionAffinity": "ClientIP", "sessionAffinityConfig": {}, "ports": [{"port": 80}]});
+    let old = create(&mut allocator, spec).unwrap();
+    let mut spec = old.clone();
+    spec["type"] = json!("ClusterIP");
+    spec["sessionAffinity"] = json!("None");
+    let new = update(&mut allocator, &old, spec.clone()).unwrap();
+    let mut keys: Vec<&String> = new.as_object().unwrap().keys().collect();
+    keys.sort();
+    let expected = [
+        "clusterIP",
+        "clusterIPs",
+        "internalTrafficPolicy",
+        "ipFamilies",
+        "ipFamilyPolicy",
+        "ports",
+        "sessionAffinity",
+        "type",
+    ];
+    assert_eq!(keys, expected);
+    spec["externalTrafficPolicy"] = json!("Local");
+    let asked = update(&mut allocator, &old, spec).unwrap();
+    assert_eq!(asked["externalTrafficPolicy"], "Local", "what was asked for is left for validation");
+}
+
+#[test]
 fn policy_changes_add_and_drop_the_second_family() {
     let mut allocator = dual();
     let one = create(&mut allocator, json!({"type": "ClusterIP"})).unwrap();
