@@ -26,6 +26,9 @@ pub(crate) struct Args {
     /// Run the node in this host's own network and at the root of its cgroups, as in earnest
     #[arg(long)]
     on_host: bool,
+    /// Programs without optimisation: built faster, slower to answer
+    #[arg(long)]
+    debug: bool,
 }
 
 /// For anything that the node does.
@@ -47,7 +50,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     }
     setup::ensure(&[setup::Group::Build, setup::Group::Demo], args.yes)?;
     let programs = place::Programs {
-        sheave: build::program("sheave", "sheave", false)?,
+        sheave: build::program("sheave", "sheave", args.debug)?,
         echo: build::program("sheave-echo", "echo", false)?,
         image: image::dir()?.join("echo.tar"),
     };
