@@ -37,6 +37,11 @@ impl Source {
         self.test_file || self.tests.iter().any(|range| range.contains(&line))
     }
 
+    /// True if the whole file is only compiled for tests.
+    pub(crate) fn is_test_file(&self) -> bool {
+        self.test_file
+    }
+
     /// Every function with a body.
     pub(crate) fn functions(&self) -> Vec<Function> {
         let mut found = Vec::new();
