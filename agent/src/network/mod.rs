@@ -27,6 +27,7 @@ pub use node::{NodeAddresses, node_addresses};
 use act::Sides;
 use leases::{Lease, Leases, Netns, check_uid};
 use netlink::Connection;
+pub(crate) use netlink::has_clsact_filter;
 use node::Tables;
 use plan::{Conflict, Want, is_node_link, node_link_name};
 use reconcile::{Decision, OurLink};

@@ -237,6 +237,7 @@ impl Dataplane for EbpfDataplane {
         for name in &uplinks {
             uplink::attach(&dir, object, name)?;
         }
+        uplink::forget_gone(&dir)?;
         self.maps.config.put(&0, &Config { object_digest: digest, ..held })?;
         for other in link::other_versions(&self.dir) {
             remove_version(&other).into_iter().for_each(|error| {

@@ -5,6 +5,7 @@
 use super::link::{self, LINKS, Target, UPLINK_HOOKS};
 use super::{load, sys};
 use crate::dataplane::DataplaneError;
+use crate::network::has_clsact_filter;
 use aya::Ebpf;
 use aya::programs::links::Link as _;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle};
@@ -17,7 +18,8 @@ use std::path::{Path, PathBuf};
 /// Priority of our filters among those of a clsact qdisc; ours and nobody else's by convention only.
 const PRIORITY: u16 = 0x5e;
 /// Handle of our filters.
-const HANDLE: TcHandle = TcHandle::new(0, 1);
+const HANDLE: TcHandle = TcHandle::new(0, HANDLE_MINOR);
+const HANDLE_MINOR: u16 = 1;
 
 fn attach_type(direction: &str) -> TcAttachType {
     if direction == "ingress" { TcAttachType::Ingress } else { TcAttachType::Egress }
@@ -37,16 +39,41 @@ fn clsact_pin(dir: &Path, index: u32, direction: &str) -> PathBuf {
     dir.join(LINKS).join(format!("clsact_{index}_{direction}"))
 }
 
-/// Whether both directions of the uplink have their tcx link in place. Filters of a clsact qdisc are not asked for:
-/// where those are in use every start replaces them.
+/// Whether both directions of the uplink have their tcx link or their clsact filter in place.
 pub(super) fn is_attached(dir: &Path, name: &str) -> Result<bool, DataplaneError> {
     let index = index(name)?;
     for (_, direction, _) in UPLINK_HOOKS {
-        if link::state(&tcx_pin(dir, index, direction), &Target::Device(index))? != link::State::Attached {
+        let in_place = match link::state(&tcx_pin(dir, index, direction), &Target::Device(index))? {
+            link::State::Attached => true,
+            link::State::Elsewhere => false,
+            link::State::Absent => {
+                clsact_pin(dir, index, direction).exists()
+                    && has_clsact_filter(index, *direction == "ingress", PRIORITY, HANDLE_MINOR).map_err(
+                        |source| DataplaneError::Attach {
+                            hook: format!("clsact {name} {direction}"),
+                            source,
+                        },
+                    )?
+            }
+        };
+        if !in_place {
             return Ok(false);
         }
     }
     Ok(true)
+}
+
+/// Removes the pins of uplinks whose device is gone: their links are severed for good.
+pub(super) fn forget_gone(dir: &Path) -> Result<(), DataplaneError> {
+    for entry in fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten() {
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let mut parts = file.split('_');
+        let (Some("tcx" | "clsact"), Some(index)) = (parts.next(), parts.next()) else { continue };
+        if index.parse().is_ok_and(|index| nix::net::if_::if_indextoname(index).is_err()) {
+            link::unlink(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Puts the programs at the uplink.
@@ -84,7 +111,7 @@ fn attach_clsact(ebpf: &mut Ebpf, program: &str, name: &str, direction: &str) ->
     };
     match tc::qdisc_add_clsact(name) {
         Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
-        Err(e) if is_exists(&e) => {}
+        Err(e) if errno(&e) == Some(libc::EEXIST) => {}
         Err(e) => return Err(failed(io::Error::other(e))),
     }
     let place = attach_type(direction);
@@ -101,15 +128,20 @@ fn attach_clsact(ebpf: &mut Ebpf, program: &str, name: &str, direction: &str) ->
     keep(classifier, id).map_err(failed)
 }
 
-fn is_exists(error: &tc::TcError) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut cause = Some(error);
     while let Some(at) = cause {
-        if at.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::AlreadyExists) {
-            return true;
+        if let Some(errno) = at.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(errno);
         }
         cause = at.source();
     }
-    false
+    None
+}
+
+/// Whether there is nothing to remove a filter from: the device, its qdisc or the filter is gone.
+fn is_gone(error: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(errno(error), Some(libc::ENODEV | libc::ENOENT | libc::EINVAL))
 }
 
 /// The filter stays when the agent goes: its guard must not run.
@@ -132,9 +164,11 @@ pub(super) fn detach_clsact(dir: &Path) -> Vec<DataplaneError> {
         let name = index.parse().ok().and_then(|index| nix::net::if_::if_indextoname(index).ok());
         let Some(name) = name.and_then(|name| name.into_string().ok()) else { continue };
         let removed = SchedClassifierLink::attached(&name, attach_type(direction), PRIORITY, HANDLE, None)
-            .map_err(io::Error::other)
-            .and_then(|held| held.detach().map_err(io::Error::other));
-        errors.extend(removed.err().map(|source| DataplaneError::Attach { hook: file, source }));
+            .map_err(|source| (is_gone(&source), source))
+            .and_then(|held| held.detach().map_err(|e| (is_gone(&e), io::Error::other(e))));
+        if let Err((false, source)) = removed {
+            errors.push(DataplaneError::Attach { hook: file, source });
+        }
     }
     errors
 }

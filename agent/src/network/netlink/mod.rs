@@ -5,6 +5,9 @@
 //! namespace of the thread that opened it.
 
 mod convert;
+mod filter;
+
+pub(crate) use filter::has_clsact_filter;
 
 use std::io;
 use std::net::IpAddr;
