@@ -1,6 +1,9 @@
 //! Ring netns: the real kernel, nodes as network namespaces. One file a subject; what is named `service_`,
 //! `runtime_` or `kernel_` also runs on the kernels of ring vm.
 
+mod image_archive;
+mod image_hostile;
+mod image_import;
 mod kernel_basics;
 mod network_pods;
 mod network_repair;
