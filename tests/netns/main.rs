@@ -1,6 +1,7 @@
 //! Ring netns: the real kernel, nodes as network namespaces. One file a subject; what is named `service_`,
 //! `runtime_` or `kernel_` also runs on the kernels of ring vm.
 
+mod control_disk_full;
 mod image_archive;
 mod image_hostile;
 mod image_import;
