@@ -1,231 +1,21 @@
-//! The controllers and the scheduler over a real registry and store: a Deployment's whole life, with a make-believe
-//! agent that makes every pod ready as soon as it is bound.
+//! The controllers and the scheduler over a real registry and store: a Deployment's whole life.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use sheave_control::registry::{AddressRanges, Registry, Start, WriteOpts, index_stored};
+use sheave_control::registry::{Registry, Start};
 use sheave_control::resource::kinds::{
-    DEPLOYMENTS, ENDPOINT_SLICES, EVENTS, NAMESPACES, NODES, PODS, REPLICA_SETS, SERVICE_ACCOUNTS, SERVICES,
+    CONFIG_MAPS, DEPLOYMENTS, EVENTS, NAMESPACES, PODS, REPLICA_SETS, SERVICE_ACCOUNTS, SERVICES,
 };
-use sheave_control::resource::{ApiError, DeleteOptions, Kind, Propagation, Selectors, Subresource, object};
-use sheave_control::store::log::LogStore;
-use sheave_control::store::redb::RedbEngine;
-use sheave_control::{controller, schedule};
-use tokio_util::sync::CancellationToken;
+use sheave_control::resource::{Propagation, Selectors, object};
+use sheave_control::store::Change;
 
-const DEADLINE: Duration = Duration::from_secs(30);
-
-/// A control plane without HTTP, and one node.
-struct Cluster {
-    registry: Registry,
-    shutdown: CancellationToken,
-    _dir: tempfile::TempDir,
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        self.shutdown.cancel();
-    }
-}
-
-impl Cluster {
-    async fn start() -> Cluster {
-        let dir = tempfile::tempdir().expect("a directory");
-        let engine = RedbEngine::open(&dir.path().join("store.redb")).expect("an engine");
-        let store = LogStore::open(engine, index_stored).expect("a store");
-        let ranges = AddressRanges {
-            service_cidrs: vec!["10.96.0.0/24".parse().expect("a range")],
-            node_ports: (30_000, 30_100),
-        };
-        let registry = Registry::new(Arc::new(store), &ranges).expect("a registry");
-        registry.bootstrap(None).await.expect("the first objects");
-        let shutdown = CancellationToken::new();
-        let config = controller::Config { root_ca: Some("PEM".to_owned()) };
-        tokio::spawn(controller::run(registry.clone(), config, shutdown.clone()));
-        tokio::spawn(schedule::run(registry.clone(), shutdown.clone()));
-        let cluster = Cluster { registry, shutdown, _dir: dir };
-        cluster.add_node("n1", 1000).await;
-        tokio::spawn(agent(cluster.registry.clone()));
-        cluster
-    }
-
-    async fn add_node(&self, name: &str, pods_max: u32) {
-        let amounts = json!({"cpu": "8", "memory": "16Gi", "pods": pods_max.to_string()});
-        let node = json!({
-            "metadata": {"name": name},
-            "status": {
-                "capacity": amounts,
-                "allocatable": amounts,
-                "conditions": [{"type": "Ready", "status": "True"}],
-            },
-        });
-        self.create(&NODES, "", node).await;
-    }
-
-    async fn create(&self, kind: &'static Kind, namespace: &str, object: Value) {
-        let done = self.registry.create(kind, namespace, object, WriteOpts::default()).await;
-        done.unwrap_or_else(|e| panic!("creating a {}: {e}", kind.singular));
-    }
-
-    async fn patch(&self, kind: &'static Kind, name: &str, merge: Value) {
-        let change = |stored: &mut Value| {
-            json_merge(stored, &merge);
-            Ok(())
-        };
-        self.registry.mutate(kind, "default", name, Subresource::Main, change).await.expect("a patch");
-    }
-
-    async fn delete(&self, kind: &'static Kind, namespace: &str, name: &str, propagation: Propagation) {
-        let options = DeleteOptions { propagation: Some(propagation), ..DeleteOptions::default() };
-        self.registry.delete(kind, namespace, name, options).await.expect("a deletion");
-    }
-
-    fn list(&self, kind: &'static Kind, namespace: &str) -> Vec<Value> {
-        let (objects, _) = self.registry.list(kind, Some(namespace), &Selectors::everything());
-        objects.iter().map(|o| o.value()).collect()
-    }
-
-    fn deployment(&self) -> Value {
-        self.registry.get(&DEPLOYMENTS, "default", "web").map(|d| d.value()).unwrap_or(Value::Null)
-    }
-
-    /// Waits until it holds; looks again at every change of the store.
-    async fn until(&self, what: &str, holds: impl Fn(&Cluster) -> bool) {
-        let end = Instant::now() + DEADLINE;
-        let mut seen = None;
-        loop {
-            let rev = self.registry.revision();
-            if seen != Some(rev) {
-                if holds(self) {
-                    return;
-                }
-                seen = Some(rev);
-            }
-            assert!(Instant::now() < end, "{what}: not within {DEADLINE:?}\n{}", self.dump());
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    }
-
-    fn dump(&self) -> String {
-        let mut text = String::new();
-        for kind in [&DEPLOYMENTS, &REPLICA_SETS, &PODS, &ENDPOINT_SLICES] {
-            for object in self.list(kind, "default") {
-                text.push_str(&format!("{} {object}\n", kind.singular));
-            }
-        }
-        text
-    }
-
-    /// The Deployment is rolled out, as `kubectl rollout status` sees it.
-    fn is_rolled_out(&self, replicas: i64) -> bool {
-        let web = self.deployment();
-        let status = |field: &str| web["status"][field].as_i64().unwrap_or(0);
-        status("observedGeneration") >= web["metadata"]["generation"].as_i64().unwrap_or(i64::MAX)
-            && ["replicas", "updatedReplicas", "readyReplicas", "availableReplicas"]
-                .iter()
-                .all(|field| status(field) == replicas)
-    }
-
-    fn images(&self) -> Vec<String> {
-        let image = |p: &Value| p["spec"]["containers"][0]["image"].as_str().unwrap_or("").to_owned();
-        self.list(&PODS, "default").iter().map(image).collect()
-    }
-
-    fn ready_endpoints(&self) -> usize {
-        let slices = self.list(&ENDPOINT_SLICES, "default");
-        let of_web = slices.iter().filter(|s| s["metadata"]["labels"]["kubernetes.io/service-name"] == "web");
-        of_web
-            .flat_map(|s| s["endpoints"].as_array().cloned().unwrap_or_default())
-            .filter(|e| e["conditions"]["ready"] == true)
-            .count()
-    }
-}
-
-/// RFC 7396, so that the test needs no crate for it.
-fn json_merge(target: &mut Value, patch: &Value) {
-    let Some(patch) = patch.as_object() else {
-        *target = patch.clone();
-        return;
-    };
-    if !target.is_object() {
-        *target = json!({});
-    }
-    for (key, value) in patch {
-        if value.is_null() {
-            if let Some(map) = target.as_object_mut() {
-                map.remove(key);
-            }
-        } else {
-            json_merge(&mut target[key], value);
-        }
-    }
-}
-
-/// Makes bound pods ready and lets deleted ones go.
-async fn agent(registry: Registry) {
-    let mut watch = registry.watch(&PODS, None, Start::Now).expect("a watch");
-    let mut address = 0;
-    while let Ok(events) = watch.next().await {
-        for event in events {
-            let pod = event.object.value();
-            address += 1;
-            match serve(&registry, &pod, address).await {
-                Err(error) if !error.is_not_found() && !error.is_conflict() => panic!("{error}"),
-                _ => {}
-            }
-        }
-    }
-}
-
-async fn serve(registry: &Registry, pod: &Value, address: u32) -> Result<(), ApiError> {
-    let (namespace, name) = (object::namespace(pod), object::name(pod));
-    if object::is_deleting(pod) {
-        let options = DeleteOptions {
-            grace_period_seconds: Some(0),
-            uid: Some(object::uid(pod).to_owned()),
-            ..DeleteOptions::default()
-        };
-        return registry.delete(&PODS, namespace, name, options).await.map(drop);
-    }
-    if !pod["spec"]["nodeName"].is_string() || pod["status"]["phase"] != "Pending" {
-        return Ok(());
-    }
-    let ip = format!("10.244.{}.{}", address / 200, address % 200 + 1);
-    let run = |stored: &mut Value| {
-        stored["status"]["phase"] = json!("Running");
-        stored["status"]["podIP"] = json!(ip);
-        stored["status"]["podIPs"] = json!([{ "ip": ip }]);
-        stored["status"]["conditions"] = json!([
-            {"type": "PodScheduled", "status": "True"},
-            {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]);
-        Ok(())
-    };
-    registry.mutate(&PODS, namespace, name, Subresource::Status, run).await.map(drop)
-}
-
-fn deployment(replicas: u32) -> Value {
-    json!({
-        "metadata": {"name": "web"},
-        "spec": {
-            "replicas": replicas,
-            "selector": {"matchLabels": {"app": "web"}},
-            "template": {
-                "metadata": {"labels": {"app": "web"}},
-                "spec": {"containers": [{"name": "echo", "image": "echo:1"}]},
-            },
-        },
-    })
-}
-
-fn service() -> Value {
-    json!({"metadata": {"name": "web"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]}})
-}
+use crate::controllers::{Cluster, DEADLINE, deployment, service};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_life_of_a_deployment() {
-    let cluster = Cluster::start().await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let cluster = Cluster::start(dir.path()).await;
     cluster.create(&SERVICES, "default", service()).await;
     cluster.create(&DEPLOYMENTS, "default", deployment(3)).await;
     cluster.until("3 replicas", |c| c.is_rolled_out(3) && c.ready_endpoints() == 3).await;
@@ -272,7 +62,7 @@ async fn watch_rollout(registry: Registry, replicas: usize) -> (usize, usize) {
     loop {
         for event in watch.next().await.expect("events") {
             let pod = event.object.value();
-            if event.change == sheave_control::store::Change::Deleted || object::is_deleting(&pod) {
+            if event.change == Change::Deleted || object::is_deleting(&pod) {
                 pods.remove(object::name(&pod));
             } else {
                 pods.insert(object::name(&pod).to_owned(), pod);
@@ -290,7 +80,8 @@ async fn watch_rollout(registry: Registry, replicas: usize) -> (usize, usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn foreground_and_orphan_deletion() {
-    let cluster = Cluster::start().await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let cluster = Cluster::start(dir.path()).await;
     cluster.create(&DEPLOYMENTS, "default", deployment(2)).await;
     cluster.until("2 replicas", |c| c.is_rolled_out(2)).await;
     cluster.delete(&DEPLOYMENTS, "default", "web", Propagation::Orphan).await;
@@ -318,16 +109,16 @@ async fn foreground_and_orphan_deletion() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namespace_has_its_account_and_ends_with_all_in_it() {
-    let cluster = Cluster::start().await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let cluster = Cluster::start(dir.path()).await;
     cluster.create(&NAMESPACES, "", json!({"metadata": {"name": "team"}})).await;
     cluster
         .until("a service account", |c| c.registry.get(&SERVICE_ACCOUNTS, "team", "default").is_ok())
         .await;
     cluster
         .until("the root certificate", |c| {
-            let kind = &sheave_control::resource::kinds::CONFIG_MAPS;
             c.registry
-                .get(kind, "team", "kube-root-ca.crt")
+                .get(&CONFIG_MAPS, "team", "kube-root-ca.crt")
                 .is_ok_and(|m| m.value()["data"]["ca.crt"] == "PEM")
         })
         .await;
@@ -343,7 +134,8 @@ async fn a_namespace_has_its_account_and_ends_with_all_in_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_that_fits_nowhere_waits_for_room() {
-    let cluster = Cluster::start().await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let cluster = Cluster::start(dir.path()).await;
     let pod = |name: &str, cpu: &str| {
         json!({"metadata": {"name": name}, "spec": {"containers": [
             {"name": "c", "image": "i", "resources": {"requests": {"cpu": cpu}}}]}})
@@ -375,9 +167,44 @@ async fn a_pod_that_fits_nowhere_waits_for_room() {
     assert_eq!(third["spec"]["nodeName"], "n2");
 }
 
+/// The control plane stops at any moment, with writes under way of which nobody learns, and starts again.
+#[test]
+fn a_rollout_survives_restarts() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let image = |n: u64| json!({"spec": {"template": {"spec": {"containers": [{"name": "echo", "image": format!("echo:{n}")}]}}}});
+    for round in 0..20_u64 {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        let runtime = runtime.expect("a runtime");
+        let cluster = runtime.block_on(async {
+            let cluster = Cluster::start(dir.path()).await;
+            if round == 0 {
+                cluster.create(&DEPLOYMENTS, "default", deployment(8)).await;
+                cluster.until("8 replicas", |c| c.is_rolled_out(8)).await;
+            }
+            // 25 %/25 % of 8: 2 more, 2 less.
+            let (active, ready) = cluster.pod_counts();
+            assert!(active <= 10 && ready >= 6, "round {round}: {active} pods, {ready} ready");
+            cluster.patch(&DEPLOYMENTS, "web", image(round / 2)).await;
+            // A different number of writes later each time.
+            let end = cluster.registry.revision() + round * 7 % 31;
+            cluster.until("some writes", |c| c.registry.revision() >= end || c.is_rolled_out(8)).await;
+            cluster
+        });
+        // First the tasks, wherever they are, then the store.
+        runtime.shutdown_background();
+        drop(cluster);
+    }
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let cluster = Cluster::start(dir.path()).await;
+        cluster.until("the last image", |c| c.is_rolled_out(8) && c.images() == vec!["echo:9"; 8]).await;
+    });
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_pods_and_no_pod_twice() {
-    let cluster = Cluster::start().await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let cluster = Cluster::start(dir.path()).await;
     let started = Instant::now();
     cluster.create(&DEPLOYMENTS, "default", deployment(200)).await;
     cluster.until("200 replicas", |c| c.is_rolled_out(200)).await;

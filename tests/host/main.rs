@@ -6,4 +6,5 @@ mod api_reflector;
 mod api_requests;
 mod api_server;
 mod api_watch;
+mod controllers;
 mod controllers_rollout;
