@@ -21,6 +21,24 @@ use crate::limits;
 /// Pause between two looks at what the kernel is about to do.
 const LOOK_PAUSE_US: u64 = 100;
 
+/// Routes and neighbours of a whole namespace. Taken once for many pods: rows that have changed since lead to steps
+/// that change nothing.
+pub(super) struct NodeRows {
+    routes: Vec<Route>,
+    neighbours: Vec<Neighbour>,
+}
+
+impl NodeRows {
+    fn read(connection: &mut Connection) -> io::Result<Self> {
+        Ok(NodeRows { routes: connection.routes()?, neighbours: connection.neighbours()? })
+    }
+
+    /// Those of the calling thread's namespace.
+    pub(super) fn take() -> io::Result<Self> {
+        Self::read(&mut Connection::open()?)
+    }
+}
+
 /// A namespace that is looked at and changed: the calling thread's.
 struct Hands {
     connection: Connection,
@@ -34,21 +52,28 @@ impl Hands {
         Ok(Hands { connection: Connection::open()?, side, links: HashMap::new() })
     }
 
-    fn observe(&mut self, name: &str, ips: &[IpAddr]) -> io::Result<Observed> {
+    fn observe(&mut self, name: &str, ips: &[IpAddr], all: Option<&NodeRows>) -> io::Result<Observed> {
         let mut seen = Observed::default();
         if self.side == Side::Pod {
             seen.loopback_up = self.connection.link("lo")?.is_some_and(|lo| lo.up);
         }
         let Some(link) = self.connection.link(name)? else { return Ok(seen) };
         let index = link.index;
-        // Dumps are of the whole namespace; on the node that is a few hundred rows.
         if self.side == Side::Pod {
             let addresses = self.connection.addresses()?.into_iter().filter(|a| a.link == index);
             seen.addresses = addresses.map(|a| a.ip).collect();
         }
-        let routes = self.connection.routes()?.into_iter().filter(|r| r.link == Some(index));
+        let own;
+        let rows = match all {
+            Some(rows) => rows,
+            None => {
+                own = NodeRows::read(&mut self.connection)?;
+                &own
+            }
+        };
+        let routes = rows.routes.iter().filter(|r| r.link == Some(index));
         seen.routes = routes.map(|r| (r.to, r.via, r.src)).collect();
-        let neighbours = self.connection.neighbours()?.into_iter().filter(|n| n.link == index);
+        let neighbours = rows.neighbours.iter().filter(|n| n.link == index);
         seen.neighbours = neighbours.map(|n| (n.ip, n.mac)).collect();
         let settings = sysctls(self.side, name, ips).into_iter();
         seen.sysctls = settings.filter_map(|(key, _)| Some((key.clone(), read_sysctl(&key).ok()?))).collect();
@@ -177,11 +202,15 @@ impl Sides {
         answer.recv().map_err(|_| stopped())?
     }
 
-    /// What both sides have, the node's first.
-    pub(super) fn observe(&mut self, want: &Want) -> io::Result<(Observed, Observed)> {
+    /// What both sides have, the node's first. `rows`, where given, spares looking through the node's tables.
+    pub(super) fn observe(
+        &mut self,
+        want: &Want,
+        rows: Option<&NodeRows>,
+    ) -> io::Result<(Observed, Observed)> {
         let ips = want.ips.clone();
-        let pod = self.inside(move |hands| hands.observe(POD_LINK, &ips))?;
-        let node = self.node.observe(&node_link_name(&want.uid), &want.ips)?;
+        let pod = self.inside(move |hands| hands.observe(POD_LINK, &ips, None))?;
+        let node = self.node.observe(&node_link_name(&want.uid), &want.ips, rows)?;
         Ok((node, pod))
     }
 

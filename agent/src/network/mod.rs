@@ -24,7 +24,7 @@ use ipnetwork::IpNetwork;
 pub use error::NetworkError;
 pub use node::{NodeAddresses, node_addresses};
 
-use act::Sides;
+use act::{NodeRows, Sides};
 use leases::{Lease, Leases, Netns, check_uid};
 use netlink::Connection;
 pub(crate) use netlink::has_clsact_filter;
@@ -86,6 +86,8 @@ pub struct Network {
 struct Inner {
     config: NetworkConfig,
     state: Mutex<State>,
+    /// Held while one pod is being connected.
+    turn: Mutex<()>,
     /// Signalled when a pod is no longer worked on.
     idle: Condvar,
 }
@@ -163,7 +165,7 @@ impl Inner {
         }
         let state =
             State { leases, busy: BTreeSet::new(), connected: BTreeSet::new(), facts: Facts::default() };
-        let inner = Inner { config, state: Mutex::new(state), idle: Condvar::new() };
+        let inner = Inner { config, state: Mutex::new(state), turn: Mutex::new(()), idle: Condvar::new() };
         for what in inner.prepare()? {
             tracing::info!(what, "set for routing pods");
         }
@@ -219,7 +221,7 @@ impl Inner {
         };
         let want =
             Want { uid: uid.to_owned(), ips: lease.ips.clone(), sources: facts.sources, mtu: facts.mtu };
-        connect(&want, file, path)?;
+        self.connect(&want, file, path, None)?;
         self.state().connected.insert(uid.to_owned());
         Ok(Attachment { ips: lease.ips, host_link: node_link_name(uid) })
     }
@@ -243,15 +245,24 @@ impl Inner {
             let leases = state.leases.all().into_iter().map(|lease| lease.uid).collect();
             (leases, state.connected.union(&state.busy).cloned().collect())
         };
+        let rows = NodeRows::take().map_err(|source| NetworkError::Netlink {
+            op: "list routes and neighbours".to_owned(),
+            source,
+        })?;
         for decision in reconcile::decide(&links, &leases, live, &kept) {
-            if let Err(error) = self.carry_out(&decision, &mut report) {
+            if let Err(error) = self.carry_out(&decision, &rows, &mut report) {
                 report.failed.push(in_full(&error));
             }
         }
         Ok(report)
     }
 
-    fn carry_out(&self, decision: &Decision, report: &mut Report) -> Result<(), NetworkError> {
+    fn carry_out(
+        &self,
+        decision: &Decision,
+        rows: &NodeRows,
+        report: &mut Report,
+    ) -> Result<(), NetworkError> {
         match decision {
             Decision::RemoveLink { name, owner } => {
                 let _working = owner.as_ref().map(|uid| self.begin(uid));
@@ -287,13 +298,13 @@ impl Inner {
             Decision::Missing { uid } => {
                 report.broken.push((uid.clone(), "it is not connected".to_owned()));
             }
-            Decision::Check { uid } => self.check(uid, report)?,
+            Decision::Check { uid } => self.check(uid, rows, report)?,
         }
         Ok(())
     }
 
     /// Puts back what is missing of a live pod.
-    fn check(&self, uid: &str, report: &mut Report) -> Result<(), NetworkError> {
+    fn check(&self, uid: &str, rows: &NodeRows, report: &mut Report) -> Result<(), NetworkError> {
         let _working = self.begin(uid);
         let (lease, facts) = {
             let state = self.state();
@@ -315,9 +326,42 @@ impl Inner {
             }
         };
         let want = Want { uid: uid.to_owned(), ips, sources: facts.sources, mtu: facts.mtu };
-        let done = connect(&want, file, &known.path)?;
+        let done = self.connect(&want, file, &known.path, Some(rows))?;
         report.repaired.extend(done.into_iter().map(|step| format!("pod {uid}: {step}")));
         Ok(())
+    }
+
+    /// Leads from what is there to what is wanted; returns the steps that were needed, in words.
+    fn connect(
+        &self,
+        want: &Want,
+        netns: std::fs::File,
+        path: &Path,
+        rows: Option<&NodeRows>,
+    ) -> Result<Vec<String>, NetworkError> {
+        let uid = || want.uid.clone();
+        let mut sides = Sides::open(netns).map_err(|source| NetworkError::Netns {
+            uid: uid(),
+            path: path.to_owned(),
+            source,
+        })?;
+        // One at a time: the kernel has one lock for all of this, and threads that fight for it keep the kernel's own
+        // tasks, which are waited for below, from getting it.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let look = |source| NetworkError::Step { uid: uid(), step: "look at its links".to_owned(), source };
+        let (node, pod) = sides.observe(want, rows).map_err(look)?;
+        let steps = plan::steps(want, &node, &pod).map_err(|conflict| match conflict {
+            Conflict::PodLink => NetworkError::PodLinkTaken { uid: uid() },
+            Conflict::NodeLink(link) => NetworkError::NodeLinkTaken { uid: uid(), link },
+        })?;
+        for step in &steps {
+            sides.apply(step).map_err(|source| NetworkError::Step {
+                uid: uid(),
+                step: step.to_string(),
+                source,
+            })?;
+        }
+        Ok(steps.iter().map(ToString::to_string).collect())
     }
 
     /// Addresses of the pod ranges that the kernel routes to `link`.
@@ -343,30 +387,6 @@ impl Drop for Working<'_> {
         self.inner.state().busy.remove(&self.uid);
         self.inner.idle.notify_all();
     }
-}
-
-/// Leads from what is there to what is wanted; returns the steps that were needed, in words.
-fn connect(want: &Want, netns: std::fs::File, path: &Path) -> Result<Vec<String>, NetworkError> {
-    let uid = || want.uid.clone();
-    let mut sides = Sides::open(netns).map_err(|source| NetworkError::Netns {
-        uid: uid(),
-        path: path.to_owned(),
-        source,
-    })?;
-    let look = |source| NetworkError::Step { uid: uid(), step: "look at its links".to_owned(), source };
-    let (node, pod) = sides.observe(want).map_err(look)?;
-    let steps = plan::steps(want, &node, &pod).map_err(|conflict| match conflict {
-        Conflict::PodLink => NetworkError::PodLinkTaken { uid: uid() },
-        Conflict::NodeLink(link) => NetworkError::NodeLinkTaken { uid: uid(), link },
-    })?;
-    for step in &steps {
-        sides.apply(step).map_err(|source| NetworkError::Step {
-            uid: uid(),
-            step: step.to_string(),
-            source,
-        })?;
-    }
-    Ok(steps.iter().map(ToString::to_string).collect())
 }
 
 fn remove_link(name: &str) -> Result<bool, NetworkError> {
