@@ -54,6 +54,9 @@ async fn stop_pods(agent: &sheave_agent::AgentConfig) -> Result<Vec<String>> {
             ));
         }
     }
+    if let Err(error) = runtime.remove_cgroups().await {
+        failures.push(format!("{:#}", anyhow::Error::new(error)));
+    }
     let network = Network::open(NetworkConfig {
         state_dir: agent.state_dir.clone(),
         node_ips: agent.node_ips.clone(),

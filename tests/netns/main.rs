@@ -1,11 +1,13 @@
 //! Ring netns: the real kernel, nodes as network namespaces. One file a subject; what is named `service_`,
 //! `runtime_` or `kernel_` also runs on the kernels of ring vm.
 
+mod bad_input;
 mod control_disk_full;
 mod image_archive;
 mod image_hostile;
 mod image_import;
 mod kernel_basics;
+mod kubectl;
 mod network_pods;
 mod network_repair;
 mod runtime_bed;

@@ -212,6 +212,12 @@ impl Runtime {
         Ok(())
     }
 
+    /// Removes the cgroups that pods and shims live in, once every pod was stopped. Idempotent.
+    pub async fn remove_cgroups(&self) -> Result<()> {
+        let layout = self.inner.layout.clone();
+        blocking(move || Ok(layout.hierarchies.remove_all()?)).await
+    }
+
     /// Removes the logs of a pod that was stopped. Idempotent.
     pub async fn remove_logs(&self, namespace: &str, name: &str, uid: &str) -> Result<()> {
         if ![namespace, name, uid].iter().all(|part| layout::is_plain(part, 253)) {

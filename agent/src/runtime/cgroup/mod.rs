@@ -37,6 +37,12 @@ impl CgroupError {
     }
 }
 
+impl From<CgroupError> for super::RuntimeError {
+    fn from(CgroupError { op, path, source }: CgroupError) -> Self {
+        Self::Io { op, path, source }
+    }
+}
+
 type Result<T> = std::result::Result<T, CgroupError>;
 
 /// One v1 hierarchy in use.
@@ -264,6 +270,19 @@ impl Hierarchies {
         let mut result = Ok(());
         for dir in self.legacy_dirs(group).chain([self.unified_dir(group)]) {
             result = result.and(remove_tree(&dir));
+        }
+        result
+    }
+
+    /// Removes every group that this module makes below the attach point, and in v1 hierarchies the attach point
+    /// itself where nothing else is in it. There must be no pods left.
+    pub(super) fn remove_all(&self) -> Result<()> {
+        let result = self.remove(Path::new("kubepods")).and(self.remove(Path::new("shims")));
+        if self.base != Path::new("") {
+            for hierarchy in &self.legacy {
+                // Not ours to remove when something else is in it.
+                drop(fs::remove_dir(hierarchy.root.join(&self.base)));
+            }
         }
         result
     }

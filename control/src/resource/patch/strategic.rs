@@ -194,6 +194,7 @@ fn replaced(items: Vec<Value>) -> Result<Vec<Value>, ApiError> {
 fn merge_list(target: &mut Vec<Value>, items: Vec<Value>, list: &'static ListOf) -> Result<(), ApiError> {
     let mut deletions = Vec::new();
     let mut changes = Vec::new();
+    let mut whole = false;
     for item in items {
         let Value::Object(mut map) = item else {
             return Err(ApiError::bad_request(format!(
@@ -202,10 +203,13 @@ fn merge_list(target: &mut Vec<Value>, items: Vec<Value>, list: &'static ListOf)
             )));
         };
         match take_directive(&mut map)? {
-            Directive::Replace if !map.contains_key(list.merge_key) => target.clear(),
+            Directive::Replace if !map.contains_key(list.merge_key) => whole = true,
             Directive::Delete => deletions.push(key_of(&map, list)?.clone()),
             change => changes.push((change == Directive::Replace, map)),
         }
+    }
+    if whole {
+        target.clear();
     }
     if !deletions.is_empty() {
         target.retain(|item| item.get(list.merge_key).is_none_or(|key| !deletions.contains(key)));
@@ -213,14 +217,15 @@ fn merge_list(target: &mut Vec<Value>, items: Vec<Value>, list: &'static ListOf)
     for (replace, change) in changes {
         let key = key_of(&change, list)?;
         match target.iter_mut().find(|item| item.get(list.merge_key) == Some(key)) {
-            Some(found) => {
+            // A list given as a whole may hold one key twice, as a Node's addresses of two families do.
+            Some(found) if !whole => {
                 let found = as_map(found);
                 if replace {
                     found.clear();
                 }
                 merge_map(found, change, list.item)?;
             }
-            None => {
+            _ => {
                 let mut fresh = Map::new();
                 merge_map(&mut fresh, change, list.item)?;
                 target.push(Value::Object(fresh));
