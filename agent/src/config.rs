@@ -56,7 +56,8 @@ pub struct AgentConfig {
     pub listen: SocketAddr,
     /// Where `/healthz`, `/livez` and `/metrics` are served in clear text.
     pub health_listen: SocketAddr,
-    /// PEM certificate of `listen`. `None` means a self-signed one, made at each start.
+    /// PEM certificate of `listen`. `None` means the kubeconfig's client certificate, or a self-signed one where it
+    /// has none.
     pub tls_cert: Option<PathBuf>,
     /// PEM key of `tls_cert`; both or neither.
     pub tls_key: Option<PathBuf>,

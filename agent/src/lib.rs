@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use config::{AgentConfig, Component, ConfigError};
+use secrecy::ExposeSecret;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -33,6 +34,7 @@ use pod::worker::{Clock, Shared};
 use runtime::image::ImageStore;
 use runtime::{Runtime, RuntimeConfig, RuntimeEvent};
 use server::metrics::Metrics;
+use server::tls::Shown;
 
 /// Why an agent could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -112,13 +114,13 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         return Err(AgentError::Host(missing));
     }
     make_directories(&config)?;
-    let (client, client_cas) = connect(&config.kubeconfig).await?;
+    let (client, credentials) = connect(&config.kubeconfig).await?;
     let health_listener = listen(config.health_listen, "health_listen").await?;
     let metrics = Metrics::default();
     let mut tasks: JoinSet<Result<(), AgentError>> = JoinSet::new();
     let mut registry = None;
     if config.does(Component::Pods) {
-        let pods = open_pods(&config, &client, client_cas, &metrics, &shutdown).await?;
+        let pods = open_pods(&config, &client, &credentials, &metrics, &shutdown).await?;
         registry = Some(pods.shared.registry.clone());
         pods.spawn(&config, &client, &mut tasks, &shutdown);
     }
@@ -193,16 +195,40 @@ fn make_directories(config: &AgentConfig) -> Result<(), AgentError> {
     Ok(())
 }
 
-async fn connect(path: &Path) -> Result<(Client, Vec<Vec<u8>>), AgentError> {
+/// What the kubeconfig says beside the way to the API server.
+struct Credentials {
+    /// DER certificates of the cluster's authority.
+    cas: Vec<Vec<u8>>,
+    /// PEM certificate and key that the agent shows the API server.
+    identity: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+/// The client certificate of a kubeconfig, from its data or its files.
+fn identity(auth: &kube::config::AuthInfo) -> Option<(Vec<u8>, Vec<u8>)> {
+    use base64::Engine;
+    let decode = |data: &str| base64::engine::general_purpose::STANDARD.decode(data).ok();
+    let certificate = match &auth.client_certificate_data {
+        Some(data) => decode(data)?,
+        None => std::fs::read(auth.client_certificate.as_ref()?).ok()?,
+    };
+    let key = match &auth.client_key_data {
+        Some(data) => decode(data.expose_secret())?,
+        None => std::fs::read(auth.client_key.as_ref()?).ok()?,
+    };
+    Some((certificate, key))
+}
+
+async fn connect(path: &Path) -> Result<(Client, Credentials), AgentError> {
     let wrong = |source| AgentError::Kubeconfig { path: path.to_owned(), source };
     let kubeconfig = kube::config::Kubeconfig::read_from(path).map_err(wrong)?;
     let options = kube::config::KubeConfigOptions::default();
     let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(wrong)?;
     config.connect_timeout = Some(limits::secs(limits::API_CONNECT_TIMEOUT_S));
     let cas = config.root_cert.clone().unwrap_or_default();
+    let credentials = Credentials { cas, identity: identity(&config.auth_info) };
     let client = kube::Client::try_from(config)
         .map_err(|source| AgentError::Client { path: path.to_owned(), source: Box::new(source) })?;
-    Ok((Client::new(client), cas))
+    Ok((Client::new(client), credentials))
 }
 
 async fn listen(address: SocketAddr, field: &'static str) -> Result<TcpListener, AgentError> {
@@ -222,14 +248,18 @@ struct Pods {
 async fn open_pods(
     config: &AgentConfig,
     client: &Client,
-    client_cas: Vec<Vec<u8>>,
+    credentials: &Credentials,
     metrics: &Metrics,
     shutdown: &CancellationToken,
 ) -> Result<Pods, AgentError> {
     let listener = listen(config.listen, "listen").await?;
     let port = listener.local_addr().map_or(config.listen.port(), |address| address.port());
-    let files = config.tls_cert.as_deref().zip(config.tls_key.as_deref());
-    let tls = server::tls::server_config(files, &config.node_name, &config.node_ips, &client_cas)?;
+    let shown = match (&config.tls_cert, &config.tls_key, &credentials.identity) {
+        (Some(cert), Some(key), _) => Shown::Files(cert, key),
+        (_, _, Some((certificate, key))) => Shown::Pem { certificate, key },
+        _ => Shown::SelfSigned,
+    };
+    let tls = server::tls::server_config(shown, &config.node_name, &config.node_ips, &credentials.cas)?;
     let (runtime, events) = Runtime::open(RuntimeConfig {
         state_dir: config.state_dir.clone(),
         run_dir: config.run_dir.clone(),

@@ -311,10 +311,10 @@ mod tests {
 
     #[test]
     fn a_listener_without_a_ca_lets_nobody_in() {
-        let error = tls::server_config(None, "n", &[], &[]).expect_err("refused");
+        let error = tls::server_config(tls::Shown::SelfSigned, "n", &[], &[]).expect_err("refused");
         assert!(matches!(error, tls::TlsError::NoCa));
         let ca = rcgen::generate_simple_self_signed(vec!["ca".to_owned()]).expect("a certificate");
         let ips = ["192.0.2.1".parse().expect("ip")];
-        tls::server_config(None, "n", &ips, &[ca.cert.der().to_vec()]).expect("a config");
+        tls::server_config(tls::Shown::SelfSigned, "n", &ips, &[ca.cert.der().to_vec()]).expect("a config");
     }
 }

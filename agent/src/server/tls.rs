@@ -33,17 +33,33 @@ pub enum TlsError {
     NoCa,
 }
 
-/// The listener's settings. Without files a self-signed certificate for the node's name and addresses is
-/// made.
+/// What the listener shows of itself.
+#[derive(Debug, Clone, Copy)]
+pub enum Shown<'a> {
+    /// PEM files: certificate and key.
+    Files(&'a Path, &'a Path),
+    /// What the agent shows the API server: an API server that trusts its own authority knows the agent by it.
+    Pem {
+        /// Certificate chain.
+        certificate: &'a [u8],
+        /// Its key.
+        key: &'a [u8],
+    },
+    /// Made at each start, for the node's name and addresses; an API server must not insist on knowing who answers.
+    SelfSigned,
+}
+
+/// The listener's settings.
 pub fn server_config(
-    files: Option<(&Path, &Path)>,
+    shown: Shown<'_>,
     node_name: &str,
     node_ips: &[IpAddr],
     client_cas: &[Vec<u8>],
 ) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    let (chain, key) = match files {
-        Some((cert, key)) => from_files(cert, key)?,
-        None => self_signed(node_name, node_ips)?,
+    let (chain, key) = match shown {
+        Shown::Files(cert, key) => from_files(cert, key)?,
+        Shown::Pem { certificate, key } => from_pem(certificate, key)?,
+        Shown::SelfSigned => self_signed(node_name, node_ips)?,
     };
     let mut roots = rustls::RootCertStore::empty();
     for ca in client_cas {
@@ -75,6 +91,12 @@ fn from_files(cert: &Path, key: &Path) -> Result<Identity, TlsError> {
     let chain = chain.map_err(wrong(cert))?;
     let key = PrivateKeyDer::from_pem_file(key).map_err(wrong(key))?;
     Ok((chain, key))
+}
+
+fn from_pem(certificate: &[u8], key: &[u8]) -> Result<Identity, TlsError> {
+    let wrong = |source| TlsError::Pem { path: PathBuf::from("the kubeconfig's client certificate"), source };
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate).collect();
+    Ok((chain.map_err(wrong)?, PrivateKeyDer::from_pem_slice(key).map_err(wrong)?))
 }
 
 fn self_signed(node_name: &str, node_ips: &[IpAddr]) -> Result<Identity, TlsError> {
