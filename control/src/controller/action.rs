@@ -57,7 +57,7 @@ pub(crate) enum Action {
     Edit { target: Target, part: Part, merge: Value },
     /// Deletes an object; `grace_seconds` is left to the object when absent.
     Delete { target: Target, grace_seconds: Option<u32>, propagation: Propagation },
-    /// Tells the user, by an Event on the object.
+    /// Tells the user, by an Event on the object, once everything else is done.
     Event { about: Target, warning: bool, reason: &'static str, message: String },
     /// Does all of these at once; the steps after it happen only if each succeeded.
     Together(Vec<Action>),

@@ -314,11 +314,14 @@ struct Actor {
 }
 
 impl Actor {
+    /// In order, and up to the first that fails; what is to be told is told last, so that nothing waits for it.
     async fn run(&self, actions: Vec<Action>) -> Result<(), Refusal> {
-        for action in actions {
-            self.one(action).await?;
+        let (events, steps): (Vec<Action>, Vec<Action>) =
+            actions.into_iter().partition(|action| matches!(action, Action::Event { .. }));
+        for step in steps {
+            self.one(step).await?;
         }
-        Ok(())
+        self.one(Action::Together(events)).await
     }
 
     fn one(&self, action: Action) -> BoxFuture<'_, Result<(), Refusal>> {

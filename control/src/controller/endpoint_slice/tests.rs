@@ -233,7 +233,7 @@ fn slices_are_filled_and_stay_stable() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Whatever comes and goes, the slices hold each wanted endpoint once, none is too full, and no more slices
     /// are written than endpoints have changed.
