@@ -11,8 +11,8 @@ use crate::limits::{FUTURE_REV_WAIT_MS, GENERATE_NAME_TRIES, OBJECT_BYTES_MAX, W
 use crate::resource::alloc::AllocatorError;
 use crate::resource::lifecycle::{name_suffix, scale_of};
 use crate::resource::{
-    ApiError, DeleteOptions, DeleteOutcome, Kind, ObjectIndex, PatchType, Selectors, Stamp, Subresource,
-    UpdateOutcome, apply_patch, default_object, find_by_gvk, finish_update, kinds, plan_delete,
+    ApiError, DeleteOptions, DeleteOutcome, FieldValidation, Kind, ObjectIndex, PatchType, Selectors, Stamp,
+    Subresource, UpdateOutcome, apply_patch, default_object, find_by_gvk, finish_update, kinds, plan_delete,
     prepare_create, prepare_update, validate_create, validate_update,
 };
 use crate::store::{Draft, Event, Expect, Expired, Key, Object, Op, Rev, Store, Txn, TxnError, Watch};
@@ -35,6 +35,8 @@ pub struct WriteOpts {
     pub dry_run: bool,
     /// Who writes (`fieldManager`); recorded nowhere yet.
     pub field_manager: Option<String>,
+    /// Whether members that the kind does not have are refused (`fieldValidation`).
+    pub field_validation: FieldValidation,
 }
 
 /// Where a watch starts.
@@ -193,6 +195,8 @@ impl Registry {
     ) -> Result<Arc<Object>, Refused> {
         let suffix = name_suffix(rand::random());
         let stamp = Stamp { now: Timestamp::now(), uid: uuid::Uuid::new_v4().to_string(), suffix };
+        // The warnings of the milder mode have no way to the client yet.
+        drop(opts.field_validation.check(kind, Subresource::Main, &object)?);
         prepare_create(kind, namespace, &mut object, &stamp)?;
         default_object(kind, &mut object);
         let name = crate::resource::object::name(&object).to_owned();
@@ -314,6 +318,7 @@ impl Registry {
             let stored = self.get(kind, namespace, name)?;
             let old = stored.value();
             let mut new = compute(&old)?;
+            drop(opts.field_validation.check(kind, sub, &new)?);
             prepare_update(kind, &mut new, &old, sub, Timestamp::now())?;
             default_object(kind, &mut new);
             let mut claim = self.0.addresses.claim(kind, &mut new, Some(&old))?;

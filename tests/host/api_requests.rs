@@ -96,6 +96,23 @@ async fn deployments_patch_strategically_scale_and_report() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn misspelt_fields_are_refused_when_asked() {
+    let api = ControlPlane::start().await;
+    let mut typo = map("t", "1");
+    typo["dada"] = json!({"k": "2"});
+    let told = api.send("POST", &format!("{MAPS}?fieldValidation=Strict"), &typo).await.refused(400);
+    assert!(told.contains("unknown field \"dada\""), "{told}");
+    api.get(&format!("{MAPS}/t")).await.refused(404);
+    assert_eq!(api.send("POST", &format!("{MAPS}?fieldValidation=Ignore"), &typo).await.code, 201);
+    assert_eq!(api.get(&format!("{MAPS}/t")).await.json().get("dada"), None, "dropped, not stored");
+    let path = format!("{MAPS}/t?fieldValidation=Strict");
+    for media in ["merge-patch+json", "strategic-merge-patch+json"] {
+        api.patch(media, &path, &json!({"dada": {}})).await.refused(400);
+        assert_eq!(api.patch(media, &path, &json!({"data": {"more": media}})).await.code, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bindings_and_graceful_deletion_of_pods() {
     let api = ControlPlane::start().await;
     let all = "/api/v1/namespaces/default/pods";

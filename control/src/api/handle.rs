@@ -30,7 +30,8 @@ use crate::resource::error::success_status;
 use crate::resource::lifecycle::scale_of;
 use crate::resource::types::protobuf;
 use crate::resource::{
-    ApiError, DeleteOptions, PatchType, Propagation, Selectors, Subresource, discovery, openapi,
+    ApiError, DeleteOptions, FieldValidation, PatchType, Propagation, Selectors, Subresource, discovery,
+    openapi,
 };
 use crate::store::Object;
 use crate::store::log::LogStore;
@@ -268,7 +269,8 @@ async fn answer(
     let registry = &api.registry;
     let opts = || -> Result<WriteOpts, ApiError> {
         let field_manager = query.get("fieldManager").map(str::to_owned);
-        Ok(WriteOpts { dry_run: query.dry_run()?, field_manager })
+        let field_validation = FieldValidation::parse(query.get("fieldValidation").unwrap_or(""))?;
+        Ok(WriteOpts { dry_run: query.dry_run()?, field_manager, field_validation })
     };
     match verb {
         Verb::List | Verb::Watch => list::list(registry, target, query, accepted).await,

@@ -58,7 +58,8 @@ impl Subresource {
 }
 
 /// Verbs of every main resource, in discovery's order.
-pub const VERBS: &[&str] = &["create", "delete", "get", "list", "patch", "update", "watch"];
+pub const VERBS: &[&str] =
+    &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 
 const GET_PATCH_UPDATE: &[&str] = &["get", "patch", "update"];
 

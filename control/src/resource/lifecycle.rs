@@ -3,7 +3,7 @@
 //!
 //! A write runs these steps, in this order:
 //! - both first turn the body into JSON of the API's types ([`conform`](super::conform), done by the `prepare` functions);
-//!   who wants to refuse or tell unknown members asks [`unknown_fields`](super::unknown_fields) before.
+//!   who wants to refuse or tell unknown members asks [`FieldValidation::check`](super::FieldValidation::check) before.
 //! - create: [`prepare_create`], [`default_object`](super::default_object), service addresses
 //!   ([`alloc`](super::alloc)), [`validate_create`](super::validate_create).
 //! - update (also after a patch): [`prepare_update`], `default_object`, service addresses,

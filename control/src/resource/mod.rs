@@ -32,5 +32,8 @@ pub use patch::{PatchType, apply_patch};
 pub use quantity::{Quantity, QuantityError};
 pub use selector::{FieldSelector, LabelSelector, Selectors};
 pub use types::protobuf;
-pub use types::{conform, unknown_fields};
+pub use types::{FieldValidation, conform, unknown_fields};
 pub use validate::{validate_create, validate_update};
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! OpenAPI v3, as much of it as kubectl 1.29 and later read before they write: which kinds are patched where, and
-//! that the server checks fields (`fieldValidation`). Schemas are left out on purpose: a PATCH that advertised
-//! strategic merge would make kubectl look for them, without them it uses the merge keys that it was built with.
+//! that the server checks fields (`fieldValidation`); and the fields' names and types for `kubectl explain`. PATCH
+//! does not advertise strategic merge on purpose: kubectl would look for merge keys in the schemas, and without the
+//! advertisement it uses those that it was built with.
 
 use std::sync::LazyLock;
 
@@ -9,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::discovery::group_names;
 use super::kinds::{Kind, Subresource, kinds};
+use super::types::schemas;
 
 /// One group-version's document.
 #[derive(Debug)]
@@ -70,7 +72,7 @@ fn document_of(group: &str) -> Document {
         "openapi": "3.0.0",
         "info": {"title": "Kubernetes", "version": "v1"},
         "paths": paths,
-        "components": {"schemas": {}},
+        "components": {"schemas": schemas(kinds().iter().copied().filter(|k| k.group == group))},
     });
     let body = document.to_string().into_bytes();
     let hash = Sha256::digest(&body).iter().map(|b| format!("{b:02X}")).collect();

@@ -533,6 +533,13 @@ fn carry_ips(spec: &mut Map<String, Value>, old: &Value) {
         v.is_none_or(|v| v.as_str() == Some("") || v.as_array().is_some_and(Vec::is_empty))
     };
     let sent_one = !empty(spec.get("clusterIP"));
+    if sent_one
+        && spec.get("clusterIP") != before.get("clusterIP")
+        && spec.get("clusterIPs") == before.get("clusterIPs")
+    {
+        // A patch of the one field must not be measured against the stale other.
+        spec.remove("clusterIPs");
+    }
     let sent_list = !empty(spec.get("clusterIPs"));
     if !sent_list && (!sent_one || spec.get("clusterIP") == before.get("clusterIP")) {
         for key in ["clusterIP", "clusterIPs"] {

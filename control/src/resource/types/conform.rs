@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde_json::{Map, Value};
 
 use super::{Shape, Type, body_of, message};
-use crate::resource::error::ApiError;
+use crate::resource::error::{ApiError, Cause, CauseReason};
 use crate::resource::kinds::{Kind, Subresource};
 use crate::resource::path::Path;
 use crate::resource::quantity::Quantity;
@@ -120,6 +120,53 @@ fn check_scalar(ty: Type, value: &Value, path: &Path<'_>, faults: &mut Vec<Strin
     };
     if !good {
         fault(path, wanted, value, faults);
+    }
+}
+
+/// What to do about members that a type does not have (`fieldValidation`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FieldValidation {
+    /// Drop them.
+    #[default]
+    Ignore,
+    /// Drop them, and tell.
+    Warn,
+    /// Refuse the request.
+    Strict,
+}
+
+impl FieldValidation {
+    /// Reads the query parameter; absent is `Warn`. 422 for others than the three.
+    pub fn parse(text: &str) -> Result<Self, ApiError> {
+        match text {
+            "Ignore" => Ok(Self::Ignore),
+            "" | "Warn" => Ok(Self::Warn),
+            "Strict" => Ok(Self::Strict),
+            other => {
+                let cause = Cause {
+                    reason: CauseReason::NotSupported,
+                    message: format!(
+                        "Unsupported value: {other:?}: supported values: \"Ignore\", \"Strict\", \"Warn\""
+                    ),
+                    field: "fieldValidation".to_owned(),
+                };
+                Err(ApiError::invalid_as("meta.k8s.io", "PatchOptions", "", vec![cause]))
+            }
+        }
+    }
+
+    /// Carries the mode out on a body that is not conformed yet: the warnings to tell, or a 400.
+    pub fn check(self, kind: &Kind, sub: Subresource, body: &Value) -> Result<Vec<String>, ApiError> {
+        if self == Self::Ignore {
+            return Ok(Vec::new());
+        }
+        let told: Vec<String> =
+            unknown_fields(kind, sub, body).iter().map(|field| format!("unknown field {field:?}")).collect();
+        if self == Self::Warn || told.is_empty() {
+            return Ok(told);
+        }
+        let shown = told[..told.len().min(FAULTS_MAX)].join(", ");
+        Err(ApiError::bad_request(format!("strict decoding error: {shown}")))
     }
 }
 
@@ -243,6 +290,24 @@ mod tests {
                     "volumes": [{"name": "v", "emptyDir": {}}]}})
         );
         assert!(unknown_fields(&PODS, Subresource::Main, &body).is_empty());
+    }
+
+    #[test]
+    fn field_validation() {
+        let body = json!({"data": {"free": "key"}, "dada": 1, "metadata": {"nam": "x"}});
+        let check =
+            |mode: &str| FieldValidation::parse(mode).unwrap().check(&CONFIG_MAPS, Subresource::Main, &body);
+        assert_eq!(check("Ignore").unwrap(), Vec::<String>::new());
+        assert_eq!(check("").unwrap(), ["unknown field \"dada\"", "unknown field \"metadata.nam\""]);
+        let error = check("Strict").unwrap_err();
+        assert_eq!(
+            error.message,
+            "strict decoding error: unknown field \"dada\", unknown field \"metadata.nam\""
+        );
+        assert_eq!(error.code, 400);
+        assert_eq!(FieldValidation::parse("Maybe").unwrap_err().code, 422);
+        let good = json!({"apiVersion": "v1", "kind": "ConfigMap", "data": {"free": "key"}});
+        assert!(FieldValidation::Strict.check(&CONFIG_MAPS, Subresource::Main, &good).unwrap().is_empty());
     }
 
     #[test]

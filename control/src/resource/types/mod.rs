@@ -3,13 +3,15 @@
 
 mod conform;
 pub mod protobuf;
+mod schema;
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use super::kinds::{Kind, Subresource};
 
-pub use conform::{conform, unknown_fields};
+pub use conform::{FieldValidation, conform, unknown_fields};
+pub use schema::schemas;
 
 /// How often and how a field appears.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -187,6 +187,18 @@ fn changing_the_type_moves_what_is_held() {
 }
 
 #[test]
+fn one_changed_address_field_speaks_for_both() {
+    let mut allocator = dual();
+    let old = create(&mut allocator, json!({"type": "ClusterIP"})).unwrap();
+    let mut spec = old.clone();
+    spec["clusterIP"] = json!("10.96.0.77");
+    assert_eq!(update(&mut allocator, &old, spec).unwrap()["clusterIPs"], json!(["10.96.0.77"]));
+    let mut spec = old.clone();
+    spec["clusterIP"] = json!("");
+    assert_eq!(update(&mut allocator, &old, spec).unwrap()["clusterIP"], old["clusterIP"]);
+}
+
+#[test]
 fn settings_of_the_old_type_go() {
     let mut allocator = dual();
     let spec = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Cluster", "internalTrafficPolicy": "Cluster",
