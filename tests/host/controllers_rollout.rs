@@ -96,15 +96,14 @@ async fn foreground_and_orphan_deletion() {
     assert_eq!(cluster.list(&REPLICA_SETS, "default").len(), 1);
 
     cluster.delete(&DEPLOYMENTS, "default", "web", Propagation::Foreground).await;
-    let mut gone_early = false;
     cluster
         .until("the Deployment goes last", |c| {
+            let is_gone = c.deployment().is_null();
             let left = c.list(&PODS, "default").len() + c.list(&REPLICA_SETS, "default").len();
-            c.deployment().is_null() && left == 0
+            assert!(!is_gone || left == 0, "it is gone before {left} that it owns");
+            is_gone
         })
         .await;
-    gone_early |= !cluster.list(&PODS, "default").is_empty();
-    assert!(!gone_early);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
