@@ -118,7 +118,8 @@ fn measure(count: u32, cgroup: &std::path::Path, pins: &std::path::Path) -> Resu
 
     let mut times = Vec::with_capacity(CHANGES);
     for n in 0..CHANGES as u32 {
-        let which = 1 + n * 7_919 % (count - 1);
+        // Away and back again, so that every step changes something.
+        let which = 1 + n / 2 * 7_919 % (count - 1);
         let endpoints = if n % 2 == 0 { endpoints(which)[..1].to_vec() } else { endpoints(which) };
         let begun = Instant::now();
         driver.handle([slice(which, &endpoints)]);

@@ -18,4 +18,5 @@ mod runtime_logs;
 mod runtime_survival;
 mod service_nodeport;
 mod service_socket;
+mod service_upgrade;
 mod service_world;

@@ -321,6 +321,28 @@ fn service_links_that_were_severed_are_attached_again() {
 }
 
 #[test]
+fn service_pins_that_somebody_removed_are_made_again() {
+    isolated(module_path!(), "service_pins_that_somebody_removed_are_made_again", |cgroup| {
+        let world = World::new(cgroup, &[]);
+        let mut driver = world.driver(events_without_servers());
+        on_loopback(&PODS[..2]);
+        on_loopback(&NODE[..1]);
+        pods_v4().into_iter().for_each(tcp_server);
+        sheave_agent::dataplane::uninstall(&world.config.pin_dir).expect("remove everything");
+        assert!(
+            std::net::TcpStream::connect_timeout(&at("10.96.0.10", 80), Duration::from_millis(200)).is_err()
+        );
+        driver.tick().expect("repair");
+        assert_eq!(answers(at("10.96.0.10", 80)), both(pods_v4()));
+        assert_eq!(answers(at(NODE[0], 30_080)), both(pods_v4()));
+        assert!(world.counted("connect_translated") >= 120, "the new counters are read");
+        driver.handle([slice("web", Proto::Tcp, &pods_v4()[..1])]);
+        driver.step().expect("changes go into the new maps");
+        assert_eq!(answers(at("10.96.0.10", 80)), BTreeSet::from([PODS[0].to_owned()]));
+    });
+}
+
+#[test]
 fn service_full_tables_are_said_and_everything_else_goes_on() {
     isolated(module_path!(), "service_full_tables_are_said_and_everything_else_goes_on", |cgroup| {
         on_loopback(&PODS[..1]);

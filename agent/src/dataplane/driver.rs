@@ -2,7 +2,7 @@
 //! goes wrong with a write, the next round starts from what the kernel really holds.
 
 use super::ebpf::EbpfDataplane;
-use super::{Dataplane, DataplaneConfig, DataplaneError, StatsHandle};
+use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, StatsHandle};
 use crate::cluster::services;
 use crate::limits;
 use crate::service::{Changes, Event, NodeFacts, ObjectKey, Observed, Planner, Refusal, Table};
@@ -122,9 +122,20 @@ impl Driver {
     }
 
     fn attach(&mut self) -> Result<(), DataplaneError> {
-        let result = self.plane.attach();
+        let result = match self.plane.attach() {
+            Ok(Attached::TableIsNew) => self.fill_anew(),
+            Ok(Attached::Yes) => Ok(()),
+            Err(error) => Err(error),
+        };
         self.stats.update(|figures| figures.attach_errors_total += u64::from(result.is_err()));
         result
+    }
+
+    fn fill_anew(&mut self) -> Result<(), DataplaneError> {
+        self.unsure = true;
+        self.refresh_node()?;
+        self.write()?;
+        self.plane.attach().map(drop)
     }
 
     /// Looks after what no event tells of: the node's addresses, severed links, a failed round.

@@ -105,6 +105,15 @@ pub enum DataplaneError {
     },
 }
 
+/// What became of [`Dataplane::attach`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attached {
+    /// Traffic flows through the table.
+    Yes,
+    /// Somebody took the table away. There is an empty one now, to be filled before the next attempt.
+    TableIsNew,
+}
+
 /// One way to balance services on a node. Implementations block; they are driven from a thread of their own.
 pub trait Dataplane: Send {
     /// What there is room for.
@@ -117,5 +126,5 @@ pub trait Dataplane: Send {
     fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<(), DataplaneError>;
     /// Makes traffic flow through the table, if it does not yet: attaches, upgrades in place, re-attaches what was
     /// severed. To be called after the first [`Dataplane::apply`] and then from time to time.
-    fn attach(&mut self) -> Result<(), DataplaneError>;
+    fn attach(&mut self) -> Result<Attached, DataplaneError>;
 }

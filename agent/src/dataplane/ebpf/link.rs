@@ -134,13 +134,17 @@ fn explain(hook: &str, error: io::Error) -> DataplaneError {
     }
 }
 
+/// Pins beside the place and moves the pin there: at no moment is the hook held by nothing.
 fn replace_pin(link: BorrowedFd<'_>, path: &Path) -> Result<(), DataplaneError> {
-    unlink(path)?;
-    sys::obj_pin(link, path).map_err(|source| DataplaneError::Pin {
-        op: "make",
-        path: path.to_owned(),
-        source,
-    })
+    let pin = |op, path: &Path| {
+        let path = path.to_owned();
+        move |source| DataplaneError::Pin { op, path, source }
+    };
+    let fresh =
+        path.with_file_name(format!("{}_new", path.file_name().unwrap_or_default().to_string_lossy()));
+    unlink(&fresh)?;
+    sys::obj_pin(link, &fresh).map_err(pin("make", &fresh))?;
+    fs::rename(&fresh, path).map_err(pin("replace", path))
 }
 
 /// Removes a pin; one that is gone already is fine.

@@ -14,7 +14,7 @@ pub use list::{Lookup, ServiceRow, list};
 pub use map::Counters;
 pub use probe::cgroup2_root;
 
-use super::{Dataplane, DataplaneConfig, DataplaneError};
+use super::{Attached, Dataplane, DataplaneConfig, DataplaneError};
 use crate::service::{Capacity, Changes, FrontendEntry, FrontendKey, Observed};
 use aya::Ebpf;
 use link::{CGROUP_HOOKS, LINKS, Target};
@@ -83,7 +83,7 @@ impl Maps {
 pub struct EbpfDataplane {
     dir: PathBuf,
     cgroup: PathBuf,
-    uplinks: Vec<String>,
+    settings: DataplaneConfig,
     maps: Maps,
     /// Loaded only when something has to be attached.
     object: Option<Ebpf>,
@@ -107,18 +107,10 @@ impl EbpfDataplane {
         })?;
         let object = if load::all_pinned(&dir)? { None } else { Some(load::load(&dir)?) };
         let maps = Maps::open(&dir)?;
-        let mut plane = Self {
-            dir,
-            cgroup,
-            uplinks: config.uplinks.clone(),
-            maps,
-            object,
-            node_addresses: BTreeSet::new(),
-        };
-        plane.node_addresses =
-            plane.maps.node_addrs.entries(usize::MAX)?.iter().map(|(a, _)| encode::from_address(a)).collect();
-        let held = plane.config()?;
-        plane.write_config(config, held.object_digest)?;
+        let node_addresses = maps.node_addrs.entries(usize::MAX)?;
+        let node_addresses = node_addresses.iter().map(|(a, _)| encode::from_address(a)).collect();
+        let plane = Self { dir, cgroup, settings: config.clone(), maps, object, node_addresses };
+        plane.write_config(config, plane.config()?.object_digest)?;
         Ok(plane)
     }
 
@@ -155,7 +147,7 @@ impl EbpfDataplane {
                 return Ok(false);
             }
         }
-        for uplink in &self.uplinks {
+        for uplink in &self.settings.uplinks {
             if !uplink::is_attached(&self.dir, uplink)? {
                 return Ok(false);
             }
@@ -220,14 +212,21 @@ impl Dataplane for EbpfDataplane {
         Ok(())
     }
 
-    fn attach(&mut self) -> Result<(), DataplaneError> {
+    fn attach(&mut self) -> Result<Attached, DataplaneError> {
+        if !load::all_pinned(&self.dir)? {
+            tracing::warn!(dir = %self.dir.display(), "pins are gone, starting anew");
+            let counters = self.settings.stats.clone();
+            *self = Self::open(&self.settings)?;
+            counters.set_counters(self.counters()?);
+            return Ok(Attached::TableIsNew);
+        }
         let target = Target::cgroup(&self.cgroup)?;
         let digest = sheave_ebpf_object::digest();
         let held = self.config()?;
         if held.object_digest == digest && self.all_attached(&target)? {
-            return Ok(());
+            return Ok(Attached::Yes);
         }
-        let (dir, uplinks) = (self.dir.clone(), self.uplinks.clone());
+        let (dir, uplinks) = (self.dir.clone(), self.settings.uplinks.clone());
         let object = self.object()?;
         for (hook, attach_type) in CGROUP_HOOKS {
             let program = load::program(object, hook)?;
@@ -246,7 +245,7 @@ impl Dataplane for EbpfDataplane {
         }
         // The links hold the programs, the pins hold the maps.
         self.object = None;
-        Ok(())
+        Ok(Attached::Yes)
     }
 }
 
