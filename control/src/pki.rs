@@ -15,8 +15,6 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
-/// Name under which agents prove themselves as servers, whatever their address.
-pub const AGENT_SERVER_NAME: &str = "sheave-agent";
 const CA_DAYS: i64 = 3650;
 const LEAF_DAYS: i64 = 730;
 
@@ -172,15 +170,9 @@ impl Authority {
         self.sign(params, &format!("make the certificate of {user}"))
     }
 
-    /// An agent's certificate: client of the API server, and server of its pods' logs.
+    /// The agents' certificate.
     pub fn agent(&self) -> Result<Leaf, PkiError> {
-        let op = "make the agents' certificate";
-        let mut params = params("system:node:sheave", Some("system:nodes"), LEAF_DAYS);
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        let name = AGENT_SERVER_NAME.try_into().map_err(certificate_error(op))?;
-        params.subject_alt_names.push(SanType::DnsName(name));
-        self.sign(params, op)
+        self.client("system:node:sheave", "system:nodes")
     }
 
     /// Text of a kubeconfig with `leaf` as the credentials.

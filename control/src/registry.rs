@@ -167,32 +167,25 @@ impl Registry {
         object: Value,
         opts: WriteOpts,
     ) -> Result<Arc<Object>, ApiError> {
-        let generated = crate::resource::object::name(&object).is_empty();
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            match self.create_once(kind, namespace, object.clone(), &opts).await {
-                Err(Refused::Api(error)) if error.is_already_exists() && generated => {
-                    if tries == GENERATE_NAME_TRIES {
-                        return Err(error);
-                    }
-                }
-                // The namespace changed between the look at it and the write.
-                Err(Refused::Moved) if tries < WRITE_TRIES => {}
-                Err(Refused::Moved) => return Err(too_busy(kind)),
-                Err(Refused::Api(error)) => return Err(error),
-                Ok(object) => return Ok(object),
+        if !crate::resource::object::name(&object).is_empty() {
+            return self.create_named(kind, namespace, object, &opts).await;
+        }
+        for _ in 1..GENERATE_NAME_TRIES {
+            match self.create_named(kind, namespace, object.clone(), &opts).await {
+                Err(error) if error.is_already_exists() => {}
+                other => return other,
             }
         }
+        self.create_named(kind, namespace, object, &opts).await
     }
 
-    async fn create_once(
+    async fn create_named(
         &self,
         kind: &'static Kind,
         namespace: &str,
         mut object: Value,
         opts: &WriteOpts,
-    ) -> Result<Arc<Object>, Refused> {
+    ) -> Result<Arc<Object>, ApiError> {
         let suffix = name_suffix(rand::random());
         let stamp = Stamp { now: Timestamp::now(), uid: uuid::Uuid::new_v4().to_string(), suffix };
         // The warnings of the milder mode have no way to the client yet.
@@ -206,23 +199,29 @@ impl Registry {
         let key = Key::new(&kind.resource_key(), namespace, &name);
         if opts.dry_run {
             if self.0.store.get(&key).is_some() {
-                return Err(ApiError::already_exists(kind, &name).into());
+                return Err(ApiError::already_exists(kind, &name));
             }
-            return Ok(detached(kind, key, &object)?);
+            return detached(kind, key, &object);
         }
         let op = Op::Put(draft(kind, &object)?);
-        let txn = Txn { key: key.clone(), expect: Expect::Absent, op, guards };
-        match self.0.store.write(txn).await {
-            Ok(stored) => {
-                claim.keep();
-                Ok(stored)
+        let mut txn = Txn { key: key.clone(), expect: Expect::Absent, op, guards };
+        for _ in 0..WRITE_TRIES {
+            match self.0.store.write(txn.clone()).await {
+                Ok(stored) => {
+                    claim.keep();
+                    return Ok(stored);
+                }
+                Err(TxnError::Conflict { key: at, .. }) if at == key => {
+                    return Err(ApiError::already_exists(kind, &name));
+                }
+                // The namespace changed between the look at it and the write.
+                Err(TxnError::Conflict { .. }) => {
+                    txn.guards = self.namespace_guard(kind, namespace, &name)?
+                }
+                Err(error) => return Err(store_error(&error)),
             }
-            Err(TxnError::Conflict { key: at, .. }) if at == key => {
-                Err(ApiError::already_exists(kind, &name).into())
-            }
-            Err(TxnError::Conflict { .. }) => Err(Refused::Moved),
-            Err(error) => Err(store_error(&error).into()),
         }
+        Err(too_busy(kind))
     }
 
     /// A namespaced object goes only into a namespace that is there and stays.

@@ -82,8 +82,7 @@ impl Server {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = RootCertStore::empty();
         roots.add(tls.authority).map_err(ServerError::Tls)?;
-        let roots = Arc::new(roots);
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
             .allow_unauthenticated()
             .build()
             .map_err(ServerError::Verifier)?;
@@ -94,18 +93,8 @@ impl Server {
             .with_single_cert(vec![tls.server.certificate.clone()], tls.server.key())
             .map_err(ServerError::Tls)?;
         server.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        let client = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(ServerError::Tls)?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(vec![tls.agent_client.certificate.clone()], tls.agent_client.key())
-            .map_err(ServerError::Tls)?;
-        Ok(Self {
-            listener,
-            acceptor: TlsAcceptor::from(Arc::new(server)),
-            agents: AgentClient::new(Arc::new(client)),
-            address,
-        })
+        let agents = AgentClient::new(provider, &tls.agent_client).map_err(ServerError::Tls)?;
+        Ok(Self { listener, acceptor: TlsAcceptor::from(Arc::new(server)), agents, address })
     }
 
     /// Answers until `shutdown`, then ends watches, and waits for other requests a while.
