@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
 mod api_crash;
+mod api_logs;
 mod api_reflector;
 mod api_requests;
 mod api_server;
