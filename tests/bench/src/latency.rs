@@ -9,7 +9,9 @@ pub(crate) struct Latencies(Histogram<u64>);
 
 impl Latencies {
     pub(crate) fn new() -> Self {
-        Self(Histogram::new(3).expect("three digits are allowed"))
+        // Fixed bounds: a histogram that grows by itself does so for `record`, not for `saturating_record`.
+        const HOUR_NS: u64 = 3_600_000_000_000;
+        Self(Histogram::new_with_bounds(1, HOUR_NS, 3).expect("an hour in nanoseconds fits"))
     }
 
     pub(crate) fn record(&mut self, took: Duration) {
@@ -30,5 +32,21 @@ impl Latencies {
 
     pub(crate) fn len(&self) -> u64 {
         self.0.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_and_short_times_keep_their_size() {
+        let mut all = Latencies::new();
+        let mut one = Latencies::new();
+        one.record(Duration::from_millis(7));
+        one.record(Duration::from_secs(2));
+        all.add(&one);
+        assert!((all.ms(0.5) - 7.0).abs() < 0.1, "{}", all.ms(0.5));
+        assert!((all.ms(1.0) - 2000.0).abs() < 20.0, "{}", all.ms(1.0));
     }
 }
