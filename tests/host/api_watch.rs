@@ -135,7 +135,7 @@ async fn a_selector_turns_changes_into_additions_and_deletions() {
 async fn what_is_forgotten_is_gone_and_what_is_to_come_is_awaited() {
     let api = ControlPlane::start().await;
     let first = put(&api, "a", "1").await;
-    let big = "x".repeat(1 << 20);
+    let big = "x".repeat(1_000_000);
     let slow = Watching::open(&api, &format!("resourceVersion={first}"), "").await;
     let object = |n: usize| json!({"metadata": {"name": "a"}, "data": {"big": big, "n": n.to_string()}});
     for n in 0..80 {
