@@ -198,6 +198,49 @@ fn volumes_are_mounted_where_and_how_they_are_asked_for() {
 }
 
 #[test]
+fn later_mounts_of_the_node_show_up_only_where_asked_for() {
+    if !require_root() {
+        return;
+    }
+    let bed = Bed::new();
+    let point = bed.dir.path().join("volume");
+    fs::create_dir_all(point.join("sub")).unwrap();
+    let mount = |args: &[&str]| {
+        let done = std::process::Command::new("mount").args(args).status().unwrap();
+        assert!(done.success(), "mount {args:?}");
+    };
+    let path = point.display().to_string();
+    mount(&["--bind", &path, &path]);
+    mount(&["--make-shared", &path]);
+    struct Unmount(String);
+    impl Drop for Unmount {
+        fn drop(&mut self) {
+            let done = std::process::Command::new("umount").args(["-R", &self.0]).status();
+            assert!(done.is_ok_and(|s| s.success()), "umount {}", self.0);
+        }
+    }
+    let unmount = Unmount(path.clone());
+    let node = bed.open();
+    node.start_pod(sandbox("a"));
+    let volume = |target: &str, propagation| Mount {
+        source: point.clone(),
+        target: target.into(),
+        read_only: false,
+        propagation,
+    };
+    let mut spec = shell(&bed, "main", "sleep 1000");
+    spec.mounts = vec![volume("/none", Propagation::None), volume("/later", Propagation::HostToContainer)];
+    node.start("a", spec);
+    mount(&["-t", "tmpfs", "x", &format!("{path}/sub")]);
+    fs::write(point.join("sub/file"), "").unwrap();
+    assert_eq!(node.exec("a", "main", &["ls", "/later/sub"]).output, "file\n");
+    assert_eq!(node.exec("a", "main", &["ls", "/none/sub"]).output, "");
+    node.stop("a");
+    drop(unmount);
+    assert_eq!(bed.residue(), Vec::<String>::new());
+}
+
+#[test]
 fn links_in_an_image_do_not_lead_to_the_node() {
     if !require_root() {
         return;

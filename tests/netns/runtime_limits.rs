@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use sheave_agent::runtime::{ContainerSpec, Resources};
+use sheave_agent::runtime::{ContainerSpec, Qos, Resources};
 use sheave_harness::{require_root, skip};
 
 use crate::runtime_bed::{Bed, sandbox, shell};
@@ -83,6 +83,16 @@ fn shares_and_quota_reach_the_kernel() {
         let path = format!("/sys/fs/cgroup/{dir}{file}");
         assert_eq!(node.exec("a", "main", &["cat", &path]).output.trim(), expected, "{path}");
     }
+    let mut burstable = sandbox("b");
+    burstable.qos = Qos::Burstable;
+    burstable.resources.cpu_request_milli = Some(500);
+    node.start_pod(burstable);
+    let (dir, file, busy, idle) =
+        if unified { ("", "cpu.weight", "59", "1") } else { ("cpu/", "cpu.shares", "512", "2") };
+    let class = format!("/sys/fs/cgroup/{dir}{}/kubepods/burstable/{file}", bed.cgroup.name());
+    assert_eq!(fs::read_to_string(&class).unwrap().trim(), busy);
+    node.stop("b");
+    assert_eq!(fs::read_to_string(&class).unwrap().trim(), idle);
     node.stop("a");
     assert_eq!(bed.residue(), Vec::<String>::new());
 }
@@ -140,7 +150,7 @@ fn system_calls_and_devices_outside_the_lists_are_refused() {
     {
         assert!(text.contains(refused), "{refused}: {text}");
     }
-    assert!(text.contains("\nnull\n") && text.contains("\n0\n") && text.ends_with("done\n"), "{text}");
+    assert!(text.contains("\nnull\n") && text.contains("\n0\n") && text.contains("\ndone\n"), "{text}");
 }
 
 /// What runc, given the default settings of Kubernetes' runtimes in its own format, makes of the same process.

@@ -22,7 +22,7 @@ use super::error::{Result, RuntimeError};
 use super::layout::Layout;
 use super::protocol::{Boot, Fault, FaultKind, Ready, VERSION, names};
 use super::record::{ContainerRecord, Exit};
-use super::spec::{Qos, SandboxSpec};
+use super::spec::{Qos, Resources, SandboxSpec};
 use super::sys;
 use crate::limits::{POD_KILL_TIMEOUT_MS, SANDBOX_START_TIMEOUT_MS};
 
@@ -323,6 +323,18 @@ pub(super) fn kill_processes(layout: &Layout, uid: &str) -> Result<()> {
         });
     }
     result
+}
+
+/// Weighs the class of burstable pods by what they request together.
+pub(super) fn weigh_burstable(layout: &Layout, request_milli: u64) -> Result<()> {
+    let group = cgroup::qos_path(Qos::Burstable);
+    let resources = Resources { cpu_request_milli: Some(request_milli), ..Resources::default() };
+    let limits = cgroup::Limits { resources, ..cgroup::Limits::default() };
+    match layout.hierarchies.apply(&group, &limits) {
+        // There was no such pod yet.
+        Err(e) if e.source.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(|e| RuntimeError::Node { what: format!("{e}: {}", e.source) }),
+    }
 }
 
 /// Removes everything of a pod but its logs: processes, groups, writable layers, run directory. Needs

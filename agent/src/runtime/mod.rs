@@ -127,9 +127,17 @@ impl Runtime {
             return Err(RuntimeError::Exists { uid, what: "the sandbox".to_owned() });
         }
         let layout = self.inner.layout.clone();
+        let qos = spec.qos;
         let init_pid = blocking(move || launch::start_sandbox(&layout, &spec)).await?;
-        let pod = Pod::connect(self.inner.layout.clone(), &uid, self.inner.events.clone()).await?;
-        self.lock_pods().insert(uid, pod);
+        match Pod::connect(self.inner.layout.clone(), &uid, self.inner.events.clone()).await {
+            Ok(pod) => drop(self.lock_pods().insert(uid, pod)),
+            Err(error) => {
+                let layout = self.inner.layout.clone();
+                blocking(move || launch::clear(&layout, &uid)).await?;
+                return Err(error);
+            }
+        }
+        self.weigh(qos).await;
         Ok(SandboxInfo { netns: PathBuf::from(format!("/proc/{init_pid}/ns/net")), init_pid })
     }
 
@@ -208,7 +216,10 @@ impl Runtime {
         }
         let (layout, owned) = (self.inner.layout.clone(), uid.to_owned());
         blocking(move || launch::clear(&layout, &owned)).await?;
-        self.lock_pods().remove(uid);
+        let removed = self.lock_pods().remove(uid);
+        if let Some(pod) = removed {
+            self.weigh(pod.spec().qos).await;
+        }
         Ok(())
     }
 
@@ -216,6 +227,23 @@ impl Runtime {
     pub async fn remove_cgroups(&self) -> Result<()> {
         let layout = self.inner.layout.clone();
         blocking(move || Ok(layout.hierarchies.remove_all()?)).await
+    }
+
+    /// Keeps the weight of the burstable class in step with its pods. Not worth failing a pod for.
+    async fn weigh(&self, changed: Qos) {
+        if changed != Qos::Burstable {
+            return;
+        }
+        let request = |pod: &Arc<Pod>| {
+            let record = pod.lock();
+            let burstable = record.spec.qos == Qos::Burstable && record.state == PodState::Ready;
+            record.spec.resources.cpu_request_milli.filter(|_| burstable).unwrap_or(0)
+        };
+        let sum = self.lock_pods().values().map(request).fold(0, u64::saturating_add);
+        let layout = self.inner.layout.clone();
+        if let Err(error) = blocking(move || launch::weigh_burstable(&layout, sum)).await {
+            tracing::warn!(%error, "weighing the burstable pods");
+        }
     }
 
     /// Removes the logs of a pod that was stopped. Idempotent.

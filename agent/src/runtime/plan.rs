@@ -29,7 +29,7 @@ pub(super) fn environment(spec: &ContainerSpec, hostname: &str, home: &str) -> V
         }
     }
     for (name, value) in [("PATH", DEFAULT_PATH), ("HOSTNAME", hostname), ("HOME", home)] {
-        if !out.iter().any(|(n, _)| n == name) {
+        if !value.is_empty() && !out.iter().any(|(n, _)| n == name) {
             out.push((name.to_owned(), value.to_owned()));
         }
     }

@@ -175,7 +175,8 @@ impl Hierarchies {
         }
     }
 
-    fn apply(&self, group: &Path, limits: &Limits) -> Result<()> {
+    /// Writes a group's limits.
+    pub(super) fn apply(&self, group: &Path, limits: &Limits) -> Result<()> {
         if self.is_unified() {
             let dir = self.unified_dir(group);
             for setting in settings::unified(limits) {

@@ -5,7 +5,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -156,7 +156,7 @@ impl Container {
         world_writable(&termination_log).stage("make the termination message")?;
         let layer = boot.rootfs_dir.join(format!("{}-{}", spec.name, spec.attempt));
         let (upper, work) = (layer.join("upper"), layer.join("work"));
-        make_writable_layer(&layer, &upper, &work)?;
+        make_writable_layer(&layer, &upper, &work, spec.image.layers.last())?;
         let log = boot.log_dir.join(&spec.name).join(format!("{}.log", spec.attempt));
         let log = LogFile::open(log).stage("open the log")?;
         let argv = plan::arguments(&spec);
@@ -388,11 +388,12 @@ pub(super) fn drain(pipe: &OwnedFd, mut take: impl FnMut(&[u8])) -> Drained {
 
 fn world_writable(path: &Path) -> io::Result<()> {
     let file = fs::OpenOptions::new().create(true).append(true).open(path)?;
-    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
+    file.set_permissions(fs::Permissions::from_mode(0o666))
 }
 
-fn make_writable_layer(layer: &Path, upper: &Path, work: &Path) -> Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
+/// Its root directory has the mode and owner that the image gives its own.
+fn make_writable_layer(layer: &Path, upper: &Path, work: &Path, image: Option<&PathBuf>) -> Result<()> {
+    const STAGE: &str = "make the writable layer";
     // That of an earlier try; overlayfs refuses a used one.
     match fs::remove_dir_all(layer) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -400,12 +401,12 @@ fn make_writable_layer(layer: &Path, upper: &Path, work: &Path) -> Result<()> {
         }
         _ => {}
     }
-    let make = |path: &Path, mode| fs::DirBuilder::new().recursive(true).mode(mode).create(path);
-    make(layer, 0o700).and_then(|()| make(work, 0o700)).stage("make the writable layer")?;
-    // Mode and owner of the container's root directory.
-    make(upper, 0o755)
-        .and_then(|()| fs::set_permissions(upper, std::os::unix::fs::PermissionsExt::from_mode(0o755)))
-        .stage("make the writable layer")
+    let make = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    make(layer).and_then(|()| make(work)).and_then(|()| make(upper)).stage(STAGE)?;
+    let top = image.ok_or_else(|| Fault::failed(STAGE, "the image has no layers"))?;
+    let root = fs::metadata(top).stage_with(|| format!("layer {}", top.display()))?;
+    std::os::unix::fs::chown(upper, Some(root.uid()), Some(root.gid())).stage(STAGE)?;
+    fs::set_permissions(upper, fs::Permissions::from_mode(root.mode() & 0o7777)).stage(STAGE)
 }
 
 /// The end of the message file, where a message that is too long has its point.

@@ -37,6 +37,8 @@ pub fn main(mut args: impl Iterator<Item = OsString>) -> ! {
         eprintln!("sheave shim is started by the agent; it takes a pod's run directory");
         sys::exit_now(2)
     };
+    // Whatever the agent failed to mark is not the pod's.
+    report(sys::close_from(3), "close inherited descriptors");
     match sys::fork() {
         Ok(Clone::Parent(_)) => sys::exit_now(0),
         Ok(Clone::Child) => {}
