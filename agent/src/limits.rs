@@ -75,6 +75,8 @@ pub const OUTPUT_DRAIN_TIMEOUT_MS: u64 = 1_000;
 pub const POD_KILL_TIMEOUT_MS: u64 = 10_000;
 /// From starting a shim until its sandbox is up.
 pub const SANDBOX_START_TIMEOUT_MS: u64 = 30_000;
+/// How long a starting agent waits for the lock of one that was just killed.
+pub const RUNTIME_LOCK_TIMEOUT_MS: u64 = 2_000;
 /// Answer of a shim to a request that makes it wait for nothing.
 pub const SHIM_ANSWER_TIMEOUT_MS: u64 = 10_000;
 /// Size of a pod's `/dev/shm`.

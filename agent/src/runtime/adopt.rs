@@ -3,8 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::mpsc;
@@ -16,6 +17,7 @@ use super::layout::{self, Layout};
 use super::pod::{self, Pod};
 use super::record::{PodRecord, PodState, RuntimeEvent};
 use super::{RuntimeConfig, blocking};
+use crate::limits::RUNTIME_LOCK_TIMEOUT_MS;
 
 /// Makes the directories and takes the lock that keeps a second agent out.
 pub(super) fn prepare(config: RuntimeConfig) -> Result<(Layout, Flock<fs::File>)> {
@@ -36,20 +38,30 @@ pub(super) fn prepare(config: RuntimeConfig) -> Result<(Layout, Flock<fs::File>)
         fs::create_dir_all(&dir).map_err(|e| io_error("make", &dir, e))?;
     }
     let path = layout.run_dir.join("runtime.lock");
-    let file = fs::OpenOptions::new()
+    Ok((layout, lock(path)?))
+}
+
+/// Waits a little: a killed agent's lock may live on in a program that it was about to start.
+fn lock(path: PathBuf) -> Result<Flock<fs::File>> {
+    let deadline = Instant::now() + Duration::from_millis(RUNTIME_LOCK_TIMEOUT_MS);
+    let mut file = fs::OpenOptions::new()
         .create(true)
         .truncate(false)
         .write(true)
         .open(&path)
         .map_err(|e| io_error("open", &path, e))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok((layout, lock)),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(RuntimeError::InUse { path }),
-        Err((_, error)) => Err(io_error("lock", &path, error.into())),
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((file, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => file,
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Err(RuntimeError::InUse { path }),
+            Err((_, error)) => return Err(io_error("lock", &path, error.into())),
+        };
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-fn absolute(path: &Path) -> Result<std::path::PathBuf> {
+fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).map_err(|e| io_error("find", path, e))
 }
 

@@ -43,6 +43,8 @@ const MASKED: [&str; 14] = [
 ];
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
+const MOUNT_ROOT: &str = "mount the root filesystem";
+
 const DEVICES: [(&str, u64, u64); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 const LINKS: [(&str, &str); 5] = [
@@ -100,7 +102,7 @@ impl Rootfs<'_> {
     fn overlay(&self) -> Result<OwnedFd> {
         let layers = &self.spec.image.layers;
         if layers.is_empty() {
-            return Err(Fault::failed("mount the root filesystem", "the image has no layers"));
+            return Err(Fault::failed(MOUNT_ROOT, "the image has no layers"));
         }
         let fs = sys::fsopen(c"overlay").stage("open an overlay")?;
         let set = |key, path: &Path| {
@@ -108,53 +110,44 @@ impl Rootfs<'_> {
             sys::fsconfig_string(&fs, key, &value)
         };
         // Layers one by one need Linux 6.7; the kernel takes the top-most first.
-        let appended = layers.iter().rev().try_for_each(|l| set(c"lowerdir+", &escape(l, false)));
+        let appended = layers.iter().rev().try_for_each(|layer| set(c"lowerdir+", layer));
         if appended.is_err() {
             return self.overlay_by_option();
         }
         set(c"upperdir", self.upper)
             .and_then(|()| set(c"workdir", self.work))
             .and_then(|()| sys::fsconfig_string(&fs, c"source", c"overlay"))
+            .and_then(|()| sys::fsconfig_flag(&fs, c"volatile"))
             .stage("configure the overlay")?;
-        // Older kernels do not know `volatile` as a flag here; the mount is right without it.
-        if let Err(error) = sys::fsconfig_flag(&fs, c"volatile") {
-            drop(error);
+        match sys::fs_create(&fs, 0) {
+            // Older kernels look at the options only now.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => self.overlay_by_option(),
+            Err(e) => Err(with_messages(Fault::io(MOUNT_ROOT, &e), &sys::fs_messages(&fs))),
+            Ok(mounted) => Ok(mounted),
         }
-        sys::fs_create(&fs, 0)
-            .map_err(|e| with_messages(Fault::io("mount the root filesystem", &e), &sys::fs_messages(&fs)))
     }
 
-    /// As `overlay`, with the older system call: all options in one page, therefore layers by their names
-    /// relative to their common directory.
+    /// As `overlay`, with the older system call. All its options share one page and some characters have
+    /// a meaning there, so directories are named by the numbers of their descriptors.
     fn overlay_by_option(&self) -> Result<OwnedFd> {
-        const STAGE: &str = "mount the root filesystem";
-        let here = open(AT_FDCWD, Path::new("."), ResolveFlag::empty()).stage(STAGE)?;
-        let layers = &self.spec.image.layers;
-        let common = layers[0].parent().filter(|p| layers.iter().all(|l| l.parent() == Some(*p)));
-        let names: Vec<String> = layers
-            .iter()
-            .rev()
-            .map(|layer| match (common, layer.file_name()) {
-                (Some(_), Some(name)) => escape(Path::new(name), true).display().to_string(),
-                _ => escape(layer, true).display().to_string(),
-            })
-            .collect();
-        let (upper, work) = (escape(self.upper, true), escape(self.work, true));
-        let (lower, upper, work) = (names.join(":"), upper.display(), work.display());
-        let options = format!("lowerdir={lower},upperdir={upper},workdir={work},volatile");
-        if options.len() > 4095 {
-            return Err(Fault::failed(STAGE, "the names of the image's layers exceed a page"));
-        }
-        let point = open(AT_FDCWD, Path::new(names::ROOTFS), ResolveFlag::empty()).stage(STAGE)?;
-        let point = PathBuf::from(format!("/proc/self/fd/{}", point.as_raw_fd()));
-        if let Some(common) = common {
-            nix::unistd::chdir(common).stage(STAGE)?;
-        }
-        mount(Some("overlay"), &point, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
-            .stage(STAGE)?;
-        fchdir(&here).stage(STAGE)?;
-        let tree = sys::open_tree(AT_FDCWD, Path::new(names::ROOTFS), false).stage(STAGE)?;
-        umount2(names::ROOTFS, MntFlags::MNT_DETACH).stage(STAGE)?;
+        let here = open(AT_FDCWD, Path::new("."), ResolveFlag::empty()).stage(MOUNT_ROOT)?;
+        let numbered = |path: &Path| {
+            let dir = open(AT_FDCWD, path, ResolveFlag::empty());
+            dir.stage_with(|| format!("{MOUNT_ROOT}: {}", path.display()))
+        };
+        let layers = self.spec.image.layers.iter().rev().map(|l| numbered(l)).collect::<Result<Vec<_>>>()?;
+        let (upper, work) = (numbered(self.upper)?, numbered(self.work)?);
+        let point = numbered(Path::new(names::ROOTFS))?;
+        let lower = layers.iter().map(|l| l.as_raw_fd().to_string()).collect::<Vec<_>>().join(":");
+        let options =
+            format!("lowerdir={lower},upperdir={},workdir={},volatile", upper.as_raw_fd(), work.as_raw_fd());
+        nix::unistd::chdir("/proc/self/fd").stage(MOUNT_ROOT)?;
+        let target = point.as_raw_fd().to_string();
+        mount(Some("overlay"), target.as_str(), Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+            .stage(MOUNT_ROOT)?;
+        fchdir(&here).stage(MOUNT_ROOT)?;
+        let tree = sys::open_tree(AT_FDCWD, Path::new(names::ROOTFS), false).stage(MOUNT_ROOT)?;
+        umount2(names::ROOTFS, MntFlags::MNT_DETACH).stage(MOUNT_ROOT)?;
         Ok(tree)
     }
 
@@ -255,18 +248,6 @@ fn with_messages(fault: Fault, messages: &str) -> Fault {
     } else {
         Fault { message: format!("{}: {messages}", fault.message), ..fault }
     }
-}
-
-/// `\` and, in one option string, `:` and `,` have a meaning to overlayfs.
-fn escape(path: &Path, in_option: bool) -> PathBuf {
-    let text = path.to_string_lossy();
-    if !in_option || !text.contains([':', ',', '\\']) {
-        return path.to_owned();
-    }
-    text.chars()
-        .flat_map(|c| matches!(c, ':' | ',' | '\\').then_some('\\').into_iter().chain([c]))
-        .collect::<String>()
-        .into()
 }
 
 fn filesystem(kind: &str, options: &[(&str, &str)], attributes: u64) -> Result<OwnedFd> {
@@ -407,15 +388,4 @@ fn host_devices(dev: &OwnedFd) -> Result<()> {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn option_strings_are_escaped() {
-        assert_eq!(escape(Path::new("/a:b,c\\d"), true), Path::new("/a\\:b\\,c\\\\d"));
-        assert_eq!(escape(Path::new("/a:b"), false), Path::new("/a:b"));
-    }
 }
