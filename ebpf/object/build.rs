@@ -41,7 +41,6 @@ fn main() {
     }
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed={OVERRIDE}");
-    println!("cargo:rerun-if-env-changed=PATH");
 
     let object = out.join(format!("{PROGRAM}.o"));
     match find_linker().and_then(|linker| Ok((find_toolchain()?, linker))) {
@@ -64,19 +63,35 @@ fn var(name: &str) -> OsString {
     env::var_os(name).unwrap_or_else(|| panic!("cargo sets {name}"))
 }
 
+/// Where `cargo install` puts programs.
+fn cargo_bin() -> Option<PathBuf> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    Some(home.or_else(|| Some(Path::new(&env::var_os("HOME")?).join(".cargo")))?.join("bin"))
+}
+
+/// Not told to cargo by `PATH`, which differs between callers and would rebuild everything each time: what is watched
+/// is the linker itself or, where there is none yet, the directory that it will be installed into.
 fn find_linker() -> Result<PathBuf, String> {
     let mut places: Vec<PathBuf> =
-        env::var_os("PATH").map(|p| env::split_paths(&p).collect()).unwrap_or_default();
-    if let Some(home) = env::var_os("CARGO_HOME") {
-        places.push(Path::new(&home).join("bin"));
-    } else if let Some(home) = env::var_os("HOME") {
-        places.push(Path::new(&home).join(".cargo/bin"));
+        env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
+    places.extend(cargo_bin());
+    let found = places.into_iter().map(|place| place.join("bpf-linker")).find(|linker| linker.is_file());
+    match found {
+        Some(linker) => {
+            println!("cargo:rerun-if-changed={}", linker.display());
+            Ok(linker)
+        }
+        None => {
+            watch_installs();
+            Err("bpf-linker is not installed (cargo xtask setup does it)".to_owned())
+        }
     }
-    places
-        .into_iter()
-        .map(|place| place.join("bpf-linker"))
-        .find(|linker| linker.is_file())
-        .ok_or_else(|| "bpf-linker is not installed (cargo xtask setup does it)".to_owned())
+}
+
+fn watch_installs() {
+    for bin in cargo_bin().into_iter().chain(["/usr/bin".into()]).filter(|bin| bin.is_dir()) {
+        println!("cargo:rerun-if-changed={}", bin.display());
+    }
 }
 
 fn find_toolchain() -> Result<Toolchain, String> {
@@ -95,6 +110,7 @@ fn find_toolchain() -> Result<Toolchain, String> {
     if wanted != "prebuilt" && nightly_has_source() {
         return Ok(Toolchain::Nightly);
     }
+    watch_installs();
     Err("neither a rustc with a prebuilt core for bpfel-unknown-none nor a nightly with rust-src \
          (cargo xtask setup installs one)"
         .to_owned())
