@@ -42,7 +42,9 @@ fn a_list_given_as_a_whole_may_hold_a_key_twice() {
     let patch = json!({"status": {"addresses": [
         {"$patch": "replace"}, {"type": "InternalIP", "address": "192.0.2.1"}, {"type": "InternalIP", "address": "2001:db8::1"}
     ]}});
-    for current in [json!({}), json!({"status": {"addresses": [{"type": "InternalIP", "address": "10.0.0.1"}]}})] {
+    for current in
+        [json!({}), json!({"status": {"addresses": [{"type": "InternalIP", "address": "10.0.0.1"}]}})]
+    {
         assert_eq!(strategic(&NODES, current, patch.clone())["status"]["addresses"], addresses);
     }
 }

@@ -531,6 +531,51 @@ fn volumes() {
 }
 
 #[test]
+fn node_affinity() {
+    const FIELD: &str =
+        "spec.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms";
+    let pointer = "/spec/affinity/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution";
+    let rule = |rule: Value| json!({"nodeSelectorTerms": [{"matchExpressions": [rule]}]});
+    let at = |part: &str| format!("{FIELD}[0].matchExpressions[0].{part}");
+    let name_rule = json!({"nodeSelectorTerms": [{"matchFields": [{"key": "spec.x", "operator": "In", "values": ["a"]}]}]});
+    let name_field = format!("{FIELD}[0].matchFields[0].key");
+    creates(
+        &PODS,
+        &pod(),
+        &[
+            (pointer, json!({}), FIELD, "at least one"),
+            (pointer, rule(json!({"key": "a", "operator": "Is"})), &at("operator"), "supported values"),
+            (pointer, rule(json!({"key": "a", "operator": "In"})), &at("values"), "Required"),
+            (
+                pointer,
+                rule(json!({"key": "a", "operator": "Exists", "values": ["b"]})),
+                &at("values"),
+                "Forbidden",
+            ),
+            (pointer, rule(json!({"key": "a", "operator": "Gt", "values": ["b"]})), &at("values"), "integer"),
+            (pointer, rule(json!({"key": "a b", "operator": "Exists"})), &at("key"), "name part"),
+            (pointer, name_rule, &name_field, "metadata.name"),
+            (
+                "/spec/affinity/nodeAffinity/preferredDuringSchedulingIgnoredDuringExecution",
+                json!([{"weight": 0, "preference": {}}]),
+                "spec.affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].weight",
+                "between 1 and 100",
+            ),
+        ],
+    );
+    let by_name = json!({"nodeSelectorTerms": [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["a"]}]}]});
+    accepted(
+        &PODS,
+        &pod(),
+        &[
+            (pointer, rule(json!({"key": "a", "operator": "In", "values": ["b", "c"]}))),
+            (pointer, rule(json!({"key": "a", "operator": "Lt", "values": ["5"]}))),
+            (pointer, by_name),
+        ],
+    );
+}
+
+#[test]
 fn pod_updates() {
     let mut good = pod();
     put(&mut good, "/spec/activeDeadlineSeconds", json!(100));
