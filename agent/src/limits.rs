@@ -149,3 +149,5 @@ pub const LOG_FOLLOW_MS: u64 = 100;
 pub const SHUTDOWN_TIMEOUT_S: u64 = 5;
 /// TCP and TLS to the API server.
 pub const API_CONNECT_TIMEOUT_S: u64 = 5;
+/// A disk with this much free is not scarce, however large it is.
+pub const NODE_DISK_AVAILABLE_BYTES_MIN: u64 = 1 << 30;

@@ -63,7 +63,8 @@ pub struct Info {
 pub struct Pressure {
     /// Less than `limits::NODE_MEMORY_AVAILABLE_BYTES_MIN` are available.
     pub memory: bool,
-    /// Less than a tenth of the bytes or a twentieth of the inodes is free.
+    /// Less than a tenth of the bytes and less than `limits::NODE_DISK_AVAILABLE_BYTES_MIN` are free, or less
+    /// than a twentieth of the inodes.
     pub disk: bool,
     /// More than nine tenths of the process ids are taken.
     pub pids: bool,
@@ -100,6 +101,13 @@ impl Facts {
         }
     }
 
+    fn addresses(&self) -> Value {
+        let mut addresses: Vec<Value> =
+            self.ips.iter().map(|ip| json!({"type": "InternalIP", "address": ip.to_string()})).collect();
+        addresses.push(json!({"type": "Hostname", "address": self.name}));
+        Value::Array(addresses)
+    }
+
     /// The object to create.
     pub fn object(&self, pressure: Pressure, now: Millis) -> Value {
         json!({"apiVersion": "v1", "kind": "Node",
@@ -109,9 +117,6 @@ impl Facts {
 
     /// The status. `prior` holds the conditions that were reported before (type, status, since).
     pub fn status(&self, pressure: Pressure, prior: &[(String, String, String)], now: Millis) -> Value {
-        let mut addresses = vec![json!({"$patch": "replace"})];
-        addresses.extend(self.ips.iter().map(|ip| json!({"type": "InternalIP", "address": ip.to_string()})));
-        addresses.push(json!({"type": "Hostname", "address": self.name}));
         let allocatable = self.allocatable();
         let amounts = |memory: i64, storage: i64| {
             json!({"cpu": self.cpus.to_string(), "memory": format!("{}Ki", memory / 1024),
@@ -120,7 +125,7 @@ impl Facts {
         json!({
             "capacity": amounts(self.memory_bytes, self.storage_bytes),
             "allocatable": amounts(allocatable.memory_bytes, self.storage_bytes / 10 * 9),
-            "addresses": addresses,
+            "addresses": self.addresses(),
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self.port}},
             "nodeInfo": {
                 "machineID": self.info.machine_id, "systemUUID": self.info.system_uuid,
@@ -199,7 +204,10 @@ pub fn read_storage(path: &Path) -> i64 {
 pub fn read_pressure(storage: &Path) -> Pressure {
     let (total, available) = read_memory();
     let disk = nix::sys::statvfs::statvfs(storage).is_ok_and(|fs| {
-        fs.blocks_available() < fs.blocks() / 10 || fs.files() > 0 && fs.files_available() < fs.files() / 20
+        let scarce = fs.blocks_available() < fs.blocks() / 10;
+        let free_bytes = fs.blocks_available().saturating_mul(fs.fragment_size());
+        let few_inodes = fs.files() > 0 && fs.files_available() < fs.files() / 20;
+        scarce && free_bytes < limits::NODE_DISK_AVAILABLE_BYTES_MIN || few_inodes
     });
     let number = |path: &str, pick: fn(&str) -> Option<&str>| -> u64 {
         let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -236,6 +244,7 @@ struct WireSpec {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 struct WireStatus {
+    addresses: Value,
     conditions: Vec<WireCondition>,
 }
 
@@ -361,8 +370,7 @@ impl Keeper {
         let node: WireNode = match self.client.get(&path).await {
             Ok(node) => node,
             Err(error) if error.code() == Some(404) => {
-                let object = without_directives(self.facts.object(pressure, now));
-                self.client.create("/api/v1/nodes", &object).await?;
+                self.client.create("/api/v1/nodes", &self.facts.object(pressure, now)).await?;
                 tracing::info!(node = self.facts.name, "node registered");
                 self.client.get(&path).await?
             }
@@ -381,8 +389,17 @@ impl Keeper {
             .into_iter()
             .filter_map(|c| Some((c.kind, c.status, c.last_transition_time?)))
             .collect();
-        let patch = json!({"status": self.facts.status(pressure, &prior, now)});
-        self.client.strategic(&format!("{path}/status"), &patch).await?;
+        let path = format!("{path}/status");
+        let mut status = self.facts.status(pressure, &prior, now);
+        // Merged by type, two addresses of one type would become one.
+        let addresses = status["addresses"].take();
+        if node.status.addresses != addresses {
+            self.client.merge(&path, &json!({"status": {"addresses": addresses}})).await?;
+        }
+        if let Some(status) = status.as_object_mut() {
+            status.remove("addresses");
+        }
+        self.client.strategic(&path, &json!({"status": status})).await?;
         Ok(())
     }
 
@@ -410,14 +427,6 @@ impl Keeper {
     }
 }
 
-/// A patch as an object: directives are for patches only.
-fn without_directives(mut object: Value) -> Value {
-    if let Some(addresses) = object["status"]["addresses"].as_array_mut() {
-        addresses.retain(|address| address.get("$patch").is_none());
-    }
-    object
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -438,7 +447,7 @@ mod tests {
 
     #[test]
     fn the_object_has_what_schedulers_and_people_need() {
-        let node = without_directives(facts().object(Pressure::default(), 1_700_000_000_000));
+        let node = facts().object(Pressure::default(), 1_700_000_000_000);
         assert_eq!(node["metadata"]["labels"]["kubernetes.io/hostname"], "n1");
         assert_eq!(node["status"]["capacity"]["cpu"], "2");
         assert_eq!(node["status"]["allocatable"]["memory"], format!("{}Ki", (4_i64 << 20) - 100 * 1024));

@@ -738,8 +738,18 @@ pub struct PriorContainer {
 #[serde(default)]
 #[expect(missing_docs, reason = "the names are the API's")]
 pub struct PriorState {
+    pub waiting: Option<PriorWaiting>,
     pub running: Option<PriorRunning>,
     pub terminated: Option<PriorTerminated>,
+}
+
+/// A reported container that waits.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[expect(missing_docs, reason = "the names are the API's")]
+pub struct PriorWaiting {
+    pub reason: String,
+    pub message: String,
 }
 
 /// A reported container that ran.

@@ -495,7 +495,8 @@ impl Asking {
     async fn run(self, delay: Duration, period: Duration) {
         tokio::time::sleep(delay).await;
         let timeout = seconds(self.probe.timeout_seconds).max(Duration::from_secs(1));
-        let mut pause = Duration::from_millis(limits::PROBE_EAGER_FIRST_MS);
+        let eager = Duration::from_millis(limits::PROBE_EAGER_FIRST_MS);
+        let mut pause = if self.target.eager { eager.min(period) } else { period };
         loop {
             let asked = Instant::now();
             let result =
@@ -503,9 +504,8 @@ impl Asking {
             if self.answers.send(Input::Probed(self.target.clone(), result)).is_err() {
                 return;
             }
-            let next = if self.target.eager { pause.min(period) } else { period };
-            pause *= 2;
-            tokio::time::sleep_until(asked + next).await;
+            tokio::time::sleep_until(asked + pause).await;
+            pause = pause.saturating_mul(2).min(period);
         }
     }
 }

@@ -9,6 +9,17 @@ use serde::{Deserialize, Serialize};
 use super::*;
 use crate::pod::model::{PriorContainer, PriorTerminated};
 
+/// Reasons that are kept while a container waits on.
+const WAITING_REASONS: [&str; 7] = [
+    "CrashLoopBackOff",
+    "RunContainerError",
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "ErrImageNeverPull",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+];
+
 /// What an agent writes down of a pod for its successor, beside what the runtime keeps.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -37,6 +48,8 @@ pub struct UnitMemory {
     pub not_before: Millis,
     /// The run before the present one.
     pub last: Option<Ended>,
+    /// The present one, if it ended: one that never started is in no other record.
+    pub ended: Option<Ended>,
 }
 
 /// What the runtime knows of a pod.
@@ -70,6 +83,7 @@ impl Machine {
                 backoff: unit.backoff,
                 not_before: unit.not_before,
                 last: unit.last.clone(),
+                ended: unit.ended().cloned(),
             };
             (unit.name.clone(), memory)
         };
@@ -171,8 +185,21 @@ impl Machine {
                     }
                 }
             }
-            (None, Some(prior)) => self.adopt_reported(i, prior, now),
-            (None, None) => {}
+            (None, prior) => {
+                if let Some(ended) = remembered.and_then(|m| m.ended) {
+                    self.units[i].next_attempt = ended.run.attempt + 1;
+                    self.units[i].run = Run::Ended(ended);
+                } else if let Some(prior) = prior {
+                    self.adopt_reported(i, prior, now);
+                }
+            }
+        }
+        let waiting = prior.and_then(|prior| prior.state.waiting);
+        if self.units[i].running().is_none()
+            && let Some(waiting) = waiting
+            && let Some(reason) = WAITING_REASONS.iter().find(|known| **known == waiting.reason)
+        {
+            self.units[i].waiting = Some(Waiting { reason, message: waiting.message });
         }
     }
 

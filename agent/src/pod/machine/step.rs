@@ -133,7 +133,7 @@ impl Machine {
             if let Run::Ended(ended) = &unit.run
                 && unit.waiting.is_none()
             {
-                let pause_s = (unit.not_before - now + 999) / 1000;
+                let pause_s = (unit.not_before - ended.exit.finished_at) / 1000;
                 let reason =
                     if ended.exit.reason == "StartError" { "RunContainerError" } else { "CrashLoopBackOff" };
                 let message = match reason {
