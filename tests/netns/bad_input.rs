@@ -100,8 +100,7 @@ fn a_taken_port_is_named_with_the_flag() {
     let node = Node::prepare(&std::env::temp_dir(), SHEAVE, &[]);
     let address: SocketAddr = "0.0.0.0:6443".parse().expect("an address");
     let _taken = node.netns.run(|| TcpListener::bind(address).expect("bind"));
-    let output =
-        node.command(SHEAVE).arg("up").args(node.path_flags()).output().expect("start sheave up");
+    let output = node.command(SHEAVE).arg("up").args(node.path_flags()).output().expect("start sheave up");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{said}");
     assert!(said.contains("6443") && said.contains("--listen"), "{said}");

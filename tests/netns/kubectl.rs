@@ -86,7 +86,8 @@ fn kubectl_apply_get_describe_scale_roll_out_and_delete() {
 
     node.kubectl(&["set", "image", "deployment/web", &format!("echo={IMAGE_2}")]);
     assert!(rollout(&node).contains("successfully rolled out"));
-    let images = node.kubectl(&["get", "pods", "-l", "app=web", "-o", "jsonpath={..spec.containers[*].image}"]);
+    let images =
+        node.kubectl(&["get", "pods", "-l", "app=web", "-o", "jsonpath={..spec.containers[*].image}"]);
     assert!(images.contains(IMAGE_2), "{images}");
 
     let said = node.kubectl(&["label", "deployment/web", "tier=front"]);
@@ -107,13 +108,20 @@ fn gets(node: &Node) {
     let plain = node.kubectl(&["get", "pods"]);
     let header: Vec<&str> = plain.lines().next().unwrap_or_default().split_whitespace().collect();
     assert_eq!(header, ["NAME", "READY", "STATUS", "RESTARTS", "AGE"], "{plain}");
-    assert_eq!(plain.lines().filter(|line| line.contains("1/1") && line.contains("Running")).count(), 2, "{plain}");
+    assert_eq!(
+        plain.lines().filter(|line| line.contains("1/1") && line.contains("Running")).count(),
+        2,
+        "{plain}"
+    );
     let wide = node.kubectl(&["get", "pods", "-o", "wide"]);
     assert!(wide.contains("10.244.0.") && wide.contains("node-1"), "{wide}");
     let yaml = node.kubectl(&["get", "deployment", "web", "-o", "yaml"]);
     assert!(yaml.contains("kind: Deployment") && yaml.contains("value: two"), "{yaml}");
     let service = node.kubectl(&["get", "svc", "web"]);
-    assert!(service.contains("NodePort") && service.contains("10.96.") && service.contains("80:3"), "{service}");
+    assert!(
+        service.contains("NodePort") && service.contains("10.96.") && service.contains("80:3"),
+        "{service}"
+    );
     let nodes = node.kubectl(&["get", "nodes", "-o", "wide"]);
     assert!(nodes.contains("Ready") && nodes.contains("192.0.2.10"), "{nodes}");
 }
@@ -124,7 +132,9 @@ fn describes(node: &Node) {
         assert!(pod.contains(part), "no {part:?} in {pod}");
     }
     let described = node.kubectl(&["describe", "node", "node-1"]);
-    for part in ["Conditions:", "Capacity:", "Allocatable:", "Container Runtime Version:", "Non-terminated Pods:"] {
+    for part in
+        ["Conditions:", "Capacity:", "Allocatable:", "Container Runtime Version:", "Non-terminated Pods:"]
+    {
         assert!(described.contains(part), "no {part:?} in {described}");
     }
     let service = node.kubectl(&["describe", "svc", "web"]);
@@ -138,13 +148,20 @@ fn describes(node: &Node) {
 }
 
 fn diff_changes_nothing(node: &Node) {
-    let version = || node.kubectl(&["get", "deployment", "web", "-o", "jsonpath={.metadata.resourceVersion}"]);
+    let version =
+        || node.kubectl(&["get", "deployment", "web", "-o", "jsonpath={.metadata.resourceVersion}"]);
     let before = version();
     let path = node.dir().join("changed.yaml");
     std::fs::write(&path, web(5, "three")).expect("write the manifest");
-    let output = node.kubectl_command(&["diff", "-f", &path.display().to_string()]).output().expect("start kubectl");
+    let output =
+        node.kubectl_command(&["diff", "-f", &path.display().to_string()]).output().expect("start kubectl");
     let text = String::from_utf8_lossy(&output.stdout);
-    assert_eq!(output.status.code(), Some(1), "a difference is exit 1: {}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(
+        output.status.code(),
+        Some(1),
+        "a difference is exit 1: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(text.contains("replicas: 5") && text.contains("value: three"), "{text}");
     assert_eq!(version(), before, "diff must change nothing");
 }

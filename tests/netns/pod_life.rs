@@ -100,7 +100,7 @@ spec: {containers: [{name: c, image: "localhost/busybox:1", env: [{name: A, valu
 apiVersion: v1
 kind: Pod
 metadata: {name: volume}
-spec: {containers: [{name: c, image: "localhost/busybox:1"}], volumes: [{name: v, nfs: {server: s, path: /}}]}
+spec: {containers: [{name: c, image: "localhost/busybox:1"}], volumes: [{name: v, downwardAPI: {items: []}}]}
 ---
 apiVersion: v1
 kind: Pod

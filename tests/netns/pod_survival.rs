@@ -38,7 +38,7 @@ kind: Pod
 metadata: {name: late}
 spec:
   restartPolicy: Never
-  containers: [{name: c, image: "localhost/busybox:1", command: [sh, -c, "while [ ! -e /v/go ]; do sleep 0.05; done; exit 7"], volumeMounts: [{name: v, mountPath: /v}]}]
+  containers: [{name: c, image: "localhost/busybox:1", command: [sh, -c, "cat /v/go; exit 7"], volumeMounts: [{name: v, mountPath: /v}]}]
   volumes: [{name: v, hostPath: {path: PLACE, type: DirectoryOrCreate}}]
 "#;
 
@@ -63,6 +63,9 @@ fn nothing_that_runs_notices_that_the_daemon_was_killed() {
     }
     let mut bed = Bed::new(&[]);
     let place = bed.node.dir().join("late");
+    // Reading a pipe waits without a process of its own that would come and go.
+    std::fs::create_dir(&place).expect("make the place");
+    nix::unistd::mkfifo(&place.join("go"), nix::sys::stat::Mode::S_IRWXU).expect("make a pipe");
     bed.apply(&PODS.replace("PLACE", &place.display().to_string()));
     bed.wait_ready("ready");
     bed.wait_ready("late");
