@@ -37,3 +37,13 @@ pub fn require_root() -> bool {
     }
     root
 }
+
+/// True if `program` is in PATH; otherwise reports the test as skipped. For programs of other people that a test drives.
+pub fn require_program(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
+    if !found {
+        skip(&format!("{program} is not installed"));
+    }
+    found
+}

@@ -183,19 +183,19 @@ impl Node {
         if !self.kubeconfig().exists() {
             return Err(format!("no kubeconfig yet:\n{}", self.log_tail()));
         }
-        let path = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
+        // Not by kubectl: hosts that test need not have it.
         let output = self
-            .kubectl_command(&["get", "node", "node-1", "--request-timeout=2s", "-o", path])
+            .command(&self.bin)
+            .args(["raw", "GET", "/api/v1/nodes/node-1", "--kubeconfig"])
+            .arg(self.kubeconfig())
             .output()
-            .map_err(|error| format!("start kubectl: {error}"))?;
-        match String::from_utf8_lossy(&output.stdout).trim() {
-            "True" => Ok(()),
-            other => Err(format!(
-                "Ready is {other:?}; {}{}",
-                String::from_utf8_lossy(&output.stderr),
-                self.log_tail()
-            )),
+            .map_err(|error| format!("start sheave raw: {error}"))?;
+        let node: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let conditions = node["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
+        if conditions.iter().any(|c| c["type"] == "Ready" && c["status"] == "True") {
+            return Ok(());
         }
+        Err(format!("{conditions:?} {}{}", String::from_utf8_lossy(&output.stderr), self.log_tail()))
     }
 
     fn log_path(&self) -> PathBuf {

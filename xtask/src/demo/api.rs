@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::place::Place;
@@ -50,7 +50,10 @@ pub(super) fn get(place: &Place, path: &str) -> Result<Value> {
 pub(super) fn raw(place: &Place, words: &[&str]) -> Result<String> {
     let mut command = place.inside(&place.programs.sheave);
     command.arg("raw").arg("--kubeconfig").arg(place.kubeconfig()).args(words);
-    proc::output(&mut command)
+    let output = proc::capture(&mut command)?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    Ok(text(&output.stdout))
 }
 
 /// Pods with label `app=<app>`, by name.
