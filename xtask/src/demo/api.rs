@@ -13,7 +13,7 @@ use crate::proc;
 const PODS: &str = "/api/v1/namespaces/default/pods";
 
 /// A pod, as far as the demo looks.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Pod {
     pub(super) name: String,
     pub(super) ip: String,
@@ -22,6 +22,8 @@ pub(super) struct Pod {
     pub(super) restarts: u64,
     /// Exit code of the container's previous life.
     pub(super) last_exit: Option<i64>,
+    /// What keeps it from running, in the words of the scheduler or the node.
+    waits_for: String,
 }
 
 impl Pod {
@@ -36,7 +38,23 @@ impl Pod {
             ready: conditions.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"),
             restarts: container["restartCount"].as_u64().unwrap_or(0),
             last_exit: container["lastState"]["terminated"]["exitCode"].as_i64(),
+            waits_for: waits_for(conditions, &container["state"]["waiting"]),
         }
+    }
+}
+
+fn waits_for(conditions: &[Value], waiting: &Value) -> String {
+    let unscheduled = conditions.iter().find(|c| c["type"] == "PodScheduled" && c["status"] == "False");
+    let from = unscheduled.unwrap_or(waiting);
+    let words = [&from["reason"], &from["message"]].map(|word| word.as_str().unwrap_or_default());
+    words.join(" ").trim().to_owned()
+}
+
+impl std::fmt::Display for Pod {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ready = if self.ready { "Ready" } else { "not Ready" };
+        write!(f, "{} is {}, {ready}", self.name, self.phase)?;
+        if self.waits_for.is_empty() { Ok(()) } else { write!(f, " ({})", self.waits_for) }
     }
 }
 

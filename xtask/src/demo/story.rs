@@ -71,7 +71,9 @@ fn deploy(place: &Place, changes: &Changes) -> Result<Vec<Pod>> {
 fn ready_pods(place: &Place, count: usize) -> Result<Vec<Pod>> {
     let pods = api::pods(place, "web")?;
     let ready = pods.iter().filter(|pod| pod.ready).count();
-    ensure!(pods.len() == count && ready == count, "{} pods, {ready} of them Ready: {pods:?}", pods.len());
+    let described: Vec<_> = pods.iter().map(ToString::to_string).collect();
+    let described = described.join("; ");
+    ensure!(pods.len() == count && ready == count, "{} pods, {ready} of them Ready: {described}", pods.len());
     Ok(pods)
 }
 
