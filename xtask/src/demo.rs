@@ -63,7 +63,15 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         eprintln!("{}", place.log_tail());
         ui::error(error);
     }
+    let start = Instant::now();
     let removed = place.remove();
+    if removed.is_ok() {
+        // Removing ends with a look for anything left.
+        story::claim(
+            "pods, namespaces, cgroups, eBPF programs, mounts and files of the demo are gone",
+            start,
+        );
+    }
     match (told, removed) {
         // Asked for, and cleaned up: that is how the demo ends.
         (Err(_), Ok(())) if interrupted() && !args.once => Ok(()),

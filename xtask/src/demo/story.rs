@@ -289,6 +289,6 @@ fn scale(place: &Place, changes: &Changes, service: &Service, replicas: u64) -> 
 }
 
 /// Prints what was checked.
-fn claim(what: &str, since: Instant) {
+pub(super) fn claim(what: &str, since: Instant) {
     println!("✓ {what} ({:.2} s)", since.elapsed().as_secs_f64());
 }
