@@ -397,6 +397,7 @@ fn sockets_remember_whom_they_asked() {
         assert!(reverse::remember_datagram(&kernel, &two, &b("10.244.0.2", 2), 2));
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((one.addr, one.port)));
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 9, PROTO_UDP)), Some((two.addr, two.port)));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 10, PROTO_UDP)), None);
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 10, PROTO_UDP)), None);
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.3", 9, PROTO_UDP)), None);
         // The same backend through another service: the last one that was asked.
