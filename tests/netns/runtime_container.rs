@@ -343,6 +343,11 @@ fn pods_may_share_processes_or_the_nodes_network() {
     assert!(processes.contains("sheave-pause"), "{processes}");
     let own = fs::read_link("/proc/self/ns/net").unwrap().display().to_string();
     assert_eq!(node.exec("a", "two", &["readlink", "/proc/self/ns/net"]).output.trim(), own);
+    node.exec("a", "two", &["sh", "-c", "(sleep 0.01 &) ; sleep 0.1"]);
+    sheave_harness::wait_for("orphans to be reaped", || {
+        let processes = node.exec("a", "two", &["ps", "-o", "stat,args"]).output;
+        if processes.lines().any(|l| l.starts_with('Z')) { Err(processes) } else { Ok(()) }
+    });
     // What a container leaves behind goes with it, although its process namespace stays.
     bed.wait(node.runtime.signal("a", "one", libc::SIGTERM)).unwrap();
     assert_eq!(node.next_exit("one").signal, Some(libc::SIGTERM));

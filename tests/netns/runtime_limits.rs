@@ -153,6 +153,29 @@ fn system_calls_and_devices_outside_the_lists_are_refused() {
     assert!(text.contains("\nnull\n") && text.contains("\n0\n") && text.contains("\ndone\n"), "{text}");
 }
 
+#[test]
+fn containers_cannot_write_to_the_program_that_started_them() {
+    if !require_root() {
+        return;
+    }
+    let bed = Bed::new();
+    let node = bed.open();
+    let info = node.start_pod(sandbox("a"));
+    // Opening it for writing fails anyhow while it runs; the mount is what still protects it afterwards.
+    let exe = format!("/proc/{}/exe", info.init_pid);
+    let flags = nix::sys::statvfs::statvfs(exe.as_str()).unwrap().flags();
+    assert!(flags.contains(nix::sys::statvfs::FsFlags::ST_RDONLY), "{flags:?}");
+    let mut itself = shell(&bed, "main", "");
+    itself.command = ["/proc/self/exe", "shim"].map(str::to_owned).to_vec();
+    match node.try_start("a", itself) {
+        // Its interpreter is not in the image; with a static program it runs, and then it is still read-only.
+        Err(error) => assert!(error.to_string().contains("exec"), "{error}"),
+        Ok(record) => assert!(record.started.is_some()),
+    }
+    node.stop("a");
+    assert_eq!(bed.residue(), Vec::<String>::new());
+}
+
 /// What runc, given the default settings of Kubernetes' runtimes in its own format, makes of the same process.
 #[test]
 fn the_process_is_what_runc_makes_of_it() {

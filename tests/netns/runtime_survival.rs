@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -108,13 +109,19 @@ fn pods_outlive_their_agent_and_exits_are_kept_meanwhile() {
 fn an_agent_killed_at_random_moments_leaves_nothing_half_made() {
     if let Some((dir, cgroup)) = agent_place() {
         return play_agent(&dir, &cgroup, async |runtime| {
+            let mut progress =
+                fs::OpenOptions::new().create(true).append(true).open(dir.join("progress")).unwrap();
+            let mut step = || progress.write_all(b".").unwrap();
             for i in 0.. {
                 let uid = format!("pod-{}-{i}", std::process::id());
                 runtime.start_sandbox(sandbox(&uid)).await.unwrap();
+                step();
                 let spec = spec_in(&dir, "main", "trap 'exit 0' TERM; while :; do sleep 0.1; done");
                 runtime.start_container(&uid, spec).await.unwrap();
+                step();
                 if i % 2 == 0 {
                     runtime.stop_sandbox(&uid).await.unwrap();
+                    step();
                 }
             }
         });
@@ -126,10 +133,16 @@ fn an_agent_killed_at_random_moments_leaves_nothing_half_made() {
     let mut seen: BTreeMap<String, i32> = BTreeMap::new();
     for round in 0..20u64 {
         let mut agent = spawn_agent(&bed, "an_agent_killed_at_random_moments_leaves_nothing_half_made");
-        // Different moments of the agent's work; no condition could name them all.
-        std::thread::sleep(Duration::from_millis(60 + round * 37 % 200));
+        let progress = bed.dir.path().join("progress");
+        wait_for("the agent's progress", || {
+            let steps = fs::metadata(&progress).map_or(0, |m| m.len());
+            if steps >= round % 7 { Ok(()) } else { Err(steps) }
+        });
+        // Then some moment within the next step; no condition could name them all.
+        std::thread::sleep(Duration::from_micros(round * 3700 % 30_000));
         agent.kill().unwrap();
         agent.wait().unwrap();
+        fs::write(&progress, "").unwrap();
         let node = bed.open();
         let pods = bed.wait(node.runtime.pods());
         let ready = pods.iter().filter(|p| p.state == PodState::Ready);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,10 +14,10 @@ use tokio::sync::mpsc;
 use super::cgroup::{self, Hierarchies};
 use super::error::{Result, RuntimeError};
 use super::launch::{self, io_error};
-use super::layout::{self, Layout};
+use super::layout::{self, Layout, ShimProgram};
 use super::pod::{self, Pod};
 use super::record::{PodRecord, PodState, RuntimeEvent};
-use super::{RuntimeConfig, blocking};
+use super::{RuntimeConfig, blocking, sys};
 use crate::limits::RUNTIME_LOCK_TIMEOUT_MS;
 
 /// Makes the directories and takes the lock that keeps a second agent out.
@@ -31,7 +32,7 @@ pub(super) fn prepare(config: RuntimeConfig) -> Result<(Layout, Flock<fs::File>)
         run_dir: absolute(&config.run_dir)?,
         state_dir: absolute(&config.state_dir)?,
         log_dir: absolute(&config.log_dir)?,
-        shim_exe: config.shim_exe,
+        shim: shim_program(config.shim_exe),
         hierarchies,
     };
     for dir in [layout.pods(), layout.layers(), layout.log_dir.clone()] {
@@ -39,6 +40,27 @@ pub(super) fn prepare(config: RuntimeConfig) -> Result<(Layout, Flock<fs::File>)
     }
     let path = layout.run_dir.join("runtime.lock");
     Ok((layout, lock(path)?))
+}
+
+/// The program behind a read-only mount of its own: what runs in a container could otherwise get hold of
+/// it through `/proc/self/exe` and write to it. The mount is attached nowhere and goes with its last user.
+fn shim_program(given: Option<PathBuf>) -> ShimProgram {
+    let path = given.unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
+    let protect = || {
+        let mount = sys::open_tree(nix::fcntl::AT_FDCWD, &path, false)?;
+        sys::mount_setattr(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, false)?;
+        std::io::Result::Ok(mount)
+    };
+    match protect() {
+        Ok(mount) => {
+            let path = format!("/proc/{}/fd/{}", std::process::id(), mount.as_raw_fd()).into();
+            ShimProgram { path, _mount: Some(mount) }
+        }
+        Err(error) => {
+            tracing::warn!(%error, program = %path.display(), "shims run from a writable program");
+            ShimProgram { path, _mount: None }
+        }
+    }
 }
 
 /// Waits a little: a killed agent's lock may live on in a program that it was about to start.

@@ -161,8 +161,8 @@ fn spawn(layout: &Layout, uid: &str, dir: &Path) -> Result<i32> {
         .mode(0o600)
         .open(&log)
         .map_err(|e| io_error("open", &log, e))?;
-    let exe = layout.shim_exe.clone().unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
-    let mut child = Command::new(&exe)
+    let exe = &layout.shim.path;
+    let mut child = Command::new(exe)
         .arg0("sheave")
         .arg("shim")
         .arg(dir)
@@ -171,16 +171,16 @@ fn spawn(layout: &Layout, uid: &str, dir: &Path) -> Result<i32> {
         .stdout(Stdio::piped())
         .stderr(errors)
         .spawn()
-        .map_err(|e| io_error("run", &exe, e))?;
+        .map_err(|e| io_error("run", exe, e))?;
     let line = child.stdout.take().map_or(Ok(None), read_line);
-    child.wait().map_err(|e| io_error("wait for", &exe, e))?;
+    child.wait().map_err(|e| io_error("wait for", exe, e))?;
     let start = |message: String| RuntimeError::Start {
         uid: uid.to_owned(),
         stage: "shim".to_owned(),
         message,
         errno: 0,
     };
-    match line.map_err(|e| io_error("read from", &exe, e))? {
+    match line.map_err(|e| io_error("read from", exe, e))? {
         None => Err(RuntimeError::Timeout {
             uid: uid.to_owned(),
             op: "starting the shim",

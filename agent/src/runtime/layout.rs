@@ -1,18 +1,28 @@
 //! Where a runtime keeps what. Pure. Invariant: every path below these directories is made of checked
 //! names, so no pod can name another's.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use super::cgroup::Hierarchies;
 use super::spec::{ContainerSpec, SandboxSpec};
 
+/// The program that shims are started from.
+#[derive(Debug)]
+pub(super) struct ShimProgram {
+    /// What to execute.
+    pub(super) path: PathBuf,
+    /// Keeps `path` valid where it leads through a descriptor of this process.
+    pub(super) _mount: Option<OwnedFd>,
+}
+
 /// Paths of one node's runtime.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Layout {
     pub(super) run_dir: PathBuf,
     pub(super) state_dir: PathBuf,
     pub(super) log_dir: PathBuf,
-    pub(super) shim_exe: Option<PathBuf>,
+    pub(super) shim: ShimProgram,
     pub(super) hierarchies: Hierarchies,
 }
 

@@ -93,6 +93,28 @@ pub(super) struct Container {
     streams: [Stream; 2],
 }
 
+fn new_record(
+    boot: &Boot,
+    spec: &ContainerSpec,
+    pid: i32,
+    created: Timestamp,
+    log: &LogFile,
+) -> ContainerRecord {
+    ContainerRecord {
+        name: spec.name.clone(),
+        attempt: spec.attempt,
+        id: container_id(&boot.spec.uid, &spec.name, spec.attempt),
+        image: spec.image.reference.clone(),
+        image_id: spec.image.id.clone(),
+        pid,
+        created,
+        started: None,
+        exit: None,
+        log: log.path().to_owned(),
+        layers: spec.image.layers.clone(),
+    }
+}
+
 /// Read and write end, the read end not blocking.
 pub(super) fn output_pipe() -> Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).stage("pipe")?;
@@ -189,19 +211,7 @@ impl Container {
         let pid = launch.clone_process(group, &out_w, &err_w, report_w)?;
         drop((out_w, err_w));
         let process = sys::pidfd_open(pid).stage("open the new process")?;
-        let record = ContainerRecord {
-            name: spec.name.clone(),
-            attempt: spec.attempt,
-            id: container_id(&boot.spec.uid, &spec.name, spec.attempt),
-            image: spec.image.reference.clone(),
-            image_id: spec.image.id.clone(),
-            pid,
-            created,
-            started: None,
-            exit: None,
-            log: log.path().to_owned(),
-            layers: spec.image.layers.clone(),
-        };
+        let record = new_record(boot, &spec, pid, created, &log);
         let deadline = Instant::now() + Duration::from_millis(CONTAINER_START_TIMEOUT_MS);
         let stream = |pipe, name| Stream { pipe: Some(pipe), lines: Lines::new(name) };
         Ok(Container {
