@@ -16,6 +16,9 @@ pub(super) fn run(flags: &DownFlags) -> Result<()> {
     if let Err(errors) = sheave_agent::dataplane::uninstall(&agent.pin_dir) {
         failures.extend(errors.into_iter().map(|error| format!("{:#}", anyhow::Error::new(error))));
     }
+    if let Err(error) = sheave_agent::pod::volumes::tear_down(&agent.state_dir.join("pods")) {
+        failures.push(error);
+    }
     let mut directories = vec![&agent.run_dir];
     if flags.purge {
         directories.push(&agent.state_dir);

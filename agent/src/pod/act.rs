@@ -2,7 +2,6 @@
 //! answered with what became of it.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -173,13 +172,13 @@ impl Means {
         let env = env::build(pod, container, &sources, &facts).map_err(config)?;
         let roots = made.volumes.lock().map(|roots| roots.clone()).unwrap_or_default();
         let plans = spec::mounts(pod, container, &roots, &env).map_err(config)?;
-        let (mounts, held) = blocking(move || open_mounts(plans)).await.map_err(config)?;
+        let dir = self.pod_dir(pod).join("subpaths").join(name);
+        let mounts = blocking(move || bind_sub_paths(plans, &dir)).await.map_err(config)?;
         let reference = ImageRef::from((container.image.as_str(), &image));
         let spec =
             spec::container(pod, container, attempt, reference, env, mounts, &self.node).map_err(config)?;
         note(notes, name, "Pulled", pulled(container));
         let started = self.runtime.start_container(&pod.uid, spec).await;
-        drop(held);
         let record = started.map_err(|error| start_failure(&error))?;
         note(notes, name, "Created", format!("Created container {name}"));
         note(notes, name, "Started", format!("Started container {name}"));
@@ -379,20 +378,19 @@ fn note(notes: &mut Vec<Note>, container: &str, reason: &'static str, message: S
     notes.push(Note { warning: false, reason, message, container: Some(container.to_owned()) });
 }
 
-/// Turns mounts with a sub-path into mounts of an opened descriptor, which must live until the mounts
-/// are made: between opening and mounting nobody can put something else in its place.
-fn open_mounts(plans: Vec<spec::MountPlan>) -> Result<(Vec<Mount>, Vec<OwnedFd>), String> {
-    let mut held = Vec::new();
+/// Makes mounts of parts of volumes mountable: each is opened inside its volume and bound below `dir`, so
+/// that nobody can put something else in its place before the container mounts it.
+fn bind_sub_paths(plans: Vec<spec::MountPlan>, dir: &std::path::Path) -> Result<Vec<Mount>, String> {
     let mut mounts = Vec::new();
-    for mut plan in plans {
+    for (i, mut plan) in plans.into_iter().enumerate() {
         if !plan.sub_path.as_os_str().is_empty() {
-            let fd = volumes::open_sub_path(&plan.mount.source, &plan.sub_path)?;
-            plan.mount.source = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd()));
-            held.push(fd);
+            let place = dir.join(i.to_string());
+            volumes::bind_sub_path(&plan.mount.source, &plan.sub_path, &place)?;
+            plan.mount.source = place;
         }
         mounts.push(plan.mount);
     }
-    Ok((mounts, held))
+    Ok(mounts)
 }
 
 /// A signal by name (`SIGQUIT`, `QUIT`) or number; TERM for what is neither.

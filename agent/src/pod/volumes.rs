@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -244,7 +244,7 @@ fn write_files(root: &Path, wanted: &[WantedFile], group: Option<i64>) -> Result
 
 /// Opens a path inside a volume such that no link leads out of it, making directories that are missing.
 /// The descriptor is what may be mounted: the path could be exchanged at any time by who writes there.
-pub fn open_sub_path(root: &Path, sub_path: &Path) -> Result<OwnedFd, String> {
+fn open_sub_path(root: &Path, sub_path: &Path) -> Result<OwnedFd, String> {
     let fail = |what: &str, e: nix::errno::Errno| format!("subPath {}: {what}: {e}", sub_path.display());
     let start = nix::fcntl::open(root, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(|e| fail("opening the volume", e))?;
@@ -270,6 +270,26 @@ pub fn open_sub_path(root: &Path, sub_path: &Path) -> Result<OwnedFd, String> {
         parent = openat2(&start, &so_far, how()).map_err(|e| fail("opening", e))?;
     }
     Ok(parent)
+}
+
+/// Binds a part of a volume to `place`, instead of what was bound there before.
+pub fn bind_sub_path(root: &Path, sub_path: &Path, place: &Path) -> Result<(), String> {
+    let fail = |what: &str, e: &dyn std::fmt::Display| format!("subPath {}: {what}: {e}", sub_path.display());
+    let fd = open_sub_path(root, sub_path)?;
+    match umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+        Err(e) => return Err(fail("unmounting the earlier one", &e)),
+    }
+    let opened = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    let is_dir = fs::metadata(&opened).map_err(|e| fail("looking", &e))?.is_dir();
+    if is_dir {
+        make_dir(place)?;
+    } else {
+        make_dir(place.parent().unwrap_or(place))?;
+        fs::File::options().create(true).append(true).open(place).map_err(|e| fail("making a place", &e))?;
+    }
+    mount(Some(&opened), place, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+        .map_err(|e| fail("binding", &e))
 }
 
 /// Removes a pod's directory: unmounts what was mounted below it first. Idempotent.
