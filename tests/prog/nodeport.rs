@@ -59,7 +59,7 @@ impl Programs {
             sheave_ebpf_abi::map::ALL.iter().map(|name| (*name, dir.join(name))).collect();
         let mut loader = EbpfLoader::new();
         for (name, path) in &pins {
-            loader.map_pin_path(*name, path.as_path());
+            loader.map_pin_path(name, path.as_path());
         }
         let mut ebpf = loader.load(sheave_ebpf_object::BYTES).expect("load the object over the pinned maps");
         for name in ["shv_tc_ingress", "shv_tc_egress"] {
