@@ -93,6 +93,9 @@ pub enum AgentError {
     /// Images can't be used.
     #[error("opening the image store")]
     Images(#[from] runtime::image::ImageError),
+    /// Volumes could not be shown to pods.
+    #[error("preparing volumes: {0}")]
+    Volumes(String),
     /// Pods can't be connected.
     #[error("starting the pod network")]
     Network(#[from] network::NetworkError),
@@ -268,6 +271,7 @@ async fn open_pods(
         shim_exe: config.shim_exe.clone(),
     })
     .await?;
+    pod::volumes::share(&config.state_dir.join("pods")).map_err(AgentError::Volumes)?;
     let state_dir = config.state_dir.clone();
     let images = tokio::task::spawn_blocking(move || ImageStore::open(&state_dir))
         .await

@@ -28,7 +28,7 @@ spec:
   containers:
   - name: c
     image: localhost/busybox:1
-    command: [sh, -c, "cat /v/f /cm/key /s/pw /sub/f; echo env=$A $(POD) $FROM_key; echo x > /m/x && echo memory-ok; (echo x > /cm/x) 2>/dev/null || echo map-is-read-only; printf bye > /dev/termination-log; exit 4"]
+    command: [sh, -c, "for f in /v/f /cm/key /s/pw /sub/f; do cat $f; echo; done; echo env=$A $(POD) $FROM_key; echo x > /m/x && echo memory-ok; (echo x > /cm/x) 2>/dev/null || echo map-is-read-only; printf bye > /dev/termination-log; exit 4"]
     env:
     - {name: A, valueFrom: {configMapKeyRef: {name: cm, key: key}}}
     - {name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}

@@ -272,6 +272,58 @@ fn open_sub_path(root: &Path, sub_path: &Path) -> Result<OwnedFd, String> {
     Ok(parent)
 }
 
+/// Sees to it that what is mounted below `dir` later also appears to the shims that run already: where the
+/// mount that `dir` is on tells nobody of such changes, `dir` becomes a mount of its own that does.
+pub fn share(dir: &Path) -> Result<(), String> {
+    make_dir(dir)?;
+    let table = fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("/proc/self/mountinfo: {e}"))?;
+    let fail = |what: &str, e: nix::errno::Errno| format!("{what} {}: {e}", dir.display());
+    let none = None::<&str>;
+    match sharing(&table, dir) {
+        Sharing::Shared => return Ok(()),
+        Sharing::OwnMount => {}
+        Sharing::Part => mount(Some(dir), dir, none, MsFlags::MS_BIND, none).map_err(|e| fail("binding", e))?,
+    }
+    mount(none, dir, none, MsFlags::MS_SHARED, none).map_err(|e| fail("sharing", e))
+}
+
+/// What a mount table says of the mount that a directory is on.
+#[derive(Debug, PartialEq, Eq)]
+enum Sharing {
+    /// It tells others of its changes.
+    Shared,
+    /// It does not, and the directory is its root.
+    OwnMount,
+    /// It does not, and the directory is somewhere in it.
+    Part,
+}
+
+fn sharing(table: &str, dir: &Path) -> Sharing {
+    let mut best: Option<(usize, bool, bool)> = None;
+    for line in table.lines() {
+        let Some(target) = line.split(' ').nth(4).map(unescaped) else { continue };
+        let optional = line.split(" - ").next().unwrap_or("").split(' ').skip(6);
+        let shared = optional.into_iter().any(|field| field.starts_with("shared:"));
+        let depth = target.components().count();
+        if dir.starts_with(&target) && best.is_none_or(|(known, ..)| depth >= known) {
+            best = Some((depth, shared, target == dir));
+        }
+    }
+    match best {
+        Some((_, true, _)) => Sharing::Shared,
+        Some((_, false, true)) => Sharing::OwnMount,
+        _ => Sharing::Part,
+    }
+}
+
+fn unescaped(text: &str) -> PathBuf {
+    let mut out = text.to_owned();
+    for (escape, plain) in [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")] {
+        out = out.replace(escape, plain);
+    }
+    PathBuf::from(out)
+}
+
 /// Binds a part of a volume to `place`, instead of what was bound there before.
 pub fn bind_sub_path(root: &Path, sub_path: &Path, place: &Path) -> Result<(), String> {
     let fail = |what: &str, e: &dyn std::fmt::Display| format!("subPath {}: {what}: {e}", sub_path.display());
@@ -310,15 +362,8 @@ pub fn tear_down(pod_dir: &Path) -> Result<(), String> {
 
 /// Mount points below `dir` in the order of a mountinfo table.
 fn mounts_below(table: &str, dir: &Path) -> Vec<PathBuf> {
-    let targets = table.lines().filter_map(|line| line.split(' ').nth(4));
-    let unescaped = targets.map(|text| {
-        let mut out = text.to_owned();
-        for (escape, plain) in [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")] {
-            out = out.replace(escape, plain);
-        }
-        PathBuf::from(out)
-    });
-    unescaped.filter(|target| target.starts_with(dir)).collect()
+    let targets = table.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped);
+    targets.filter(|target| target.starts_with(dir)).collect()
 }
 
 #[cfg(test)]
@@ -432,5 +477,17 @@ mod tests {
     fn mounts_are_found_in_a_table() {
         let table = "1 2 0:1 / /a rw - x x rw\n1 2 0:1 / /a/b\\040c rw - x x rw\n1 2 0:1 / /ab rw - x x rw\n";
         assert_eq!(mounts_below(table, Path::new("/a")), [PathBuf::from("/a"), PathBuf::from("/a/b c")]);
+    }
+
+    #[test]
+    fn who_hears_of_mounts() {
+        let table = "1 1 0:1 / / rw - ext4 x rw\n2 1 0:1 / /s rw shared:3 - ext4 x rw\n\
+                     3 1 0:1 / /s/own rw master:1 - ext4 x rw\n";
+        let of = |dir: &str| sharing(table, Path::new(dir));
+        assert_eq!(of("/x"), Sharing::Part);
+        assert_eq!(of("/s/y"), Sharing::Shared);
+        assert_eq!(of("/s/own"), Sharing::OwnMount);
+        assert_eq!(of("/s/own/z"), Sharing::Part);
+        assert_eq!(of("/sx"), Sharing::Part);
     }
 }
