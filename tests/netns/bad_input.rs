@@ -115,7 +115,7 @@ fn without_root_it_says_so_and_leaves_nothing() {
     let dir = node.dir().join("nobody");
     std::fs::create_dir(&dir).expect("make a directory");
     std::os::unix::fs::chown(&dir, Some(65534), Some(65534)).expect("give it away");
-    let parent = std::fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o755));
+    let parent: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(node.dir(), parent).expect("open the way");
     // A copy: nobody may not be allowed to reach the build directory.
     let program = node.dir().join("sheave");

@@ -276,13 +276,16 @@ fn open_sub_path(root: &Path, sub_path: &Path) -> Result<OwnedFd, String> {
 /// mount that `dir` is on tells nobody of such changes, `dir` becomes a mount of its own that does.
 pub fn share(dir: &Path) -> Result<(), String> {
     make_dir(dir)?;
-    let table = fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("/proc/self/mountinfo: {e}"))?;
+    let table =
+        fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("/proc/self/mountinfo: {e}"))?;
     let fail = |what: &str, e: nix::errno::Errno| format!("{what} {}: {e}", dir.display());
     let none = None::<&str>;
     match sharing(&table, dir) {
         Sharing::Shared => return Ok(()),
         Sharing::OwnMount => {}
-        Sharing::Part => mount(Some(dir), dir, none, MsFlags::MS_BIND, none).map_err(|e| fail("binding", e))?,
+        Sharing::Part => {
+            mount(Some(dir), dir, none, MsFlags::MS_BIND, none).map_err(|e| fail("binding", e))?
+        }
     }
     mount(none, dir, none, MsFlags::MS_SHARED, none).map_err(|e| fail("sharing", e))
 }
