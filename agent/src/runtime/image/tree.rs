@@ -421,7 +421,14 @@ fn own(file: &impl AsFd, item: &Item) -> Outcome<()> {
         .map_err(system("set its owner"))?;
     fchmod(file, Mode::from_bits_truncate(item.mode)).map_err(system("set its permissions"))?;
     for (name, value) in &item.xattrs {
-        xattr::set(file, name, value).map_err(|e| Failure::System("set its extended attributes", e))?;
+        match xattr::set(file, name, value) {
+            // Notes for users, which not every filesystem keeps (tmpfs only since 6.6); others change what the file
+            // does and must not get lost.
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) && name.starts_with(b"user.") => {
+                tracing::debug!(name = %String::from_utf8_lossy(name), "the filesystem has no such attributes");
+            }
+            done => done.map_err(|e| Failure::System("set its extended attributes", e))?,
+        }
     }
     Ok(())
 }
