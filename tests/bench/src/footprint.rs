@@ -1,5 +1,6 @@
 //! `bench footprint`: resident memory of `sheave up`, idle and with 50 pods, and the proportional share of each shim.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -27,12 +28,13 @@ pub(crate) fn run(json: bool) -> Result<()> {
     settle();
     let params = [("pods", json!(PODS))];
     report.add("rss", rss_mb(node.pid())?, "MB", Bar::AtMost(90.0), &params);
-    let shims = shim_pss_mb(&node)?;
+    let (shims, holders) = pod_processes_mb(&node)?;
     ensure!(shims.len() == PODS, "{} shims for {PODS} pods", shims.len());
-    let mean = shims.iter().sum::<f64>() / shims.len() as f64;
+    let mean = |sizes: &[f64]| sizes.iter().sum::<f64>() / sizes.len() as f64;
     let most = shims.iter().copied().fold(0.0, f64::max);
-    report.add("shim_pss_mean", mean, "MB", Bar::AtMost(2.0), &params);
+    report.add("shim_pss_mean", mean(&shims), "MB", Bar::AtMost(2.0), &params);
     report.add("shim_pss_max", most, "MB", Bar::AtMost(2.0), &params);
+    report.add("sandbox_holder_pss_mean", mean(&holders), "MB", Bar::None, &params);
     bar.finish_and_clear();
     report.finish();
     Ok(())
@@ -55,20 +57,23 @@ fn kb_of(path: &str, key: &str) -> Result<f64> {
     Ok(kb / 1000.0)
 }
 
-/// Every process that was started as a shim of this node: its command line names the node's run directory.
-fn shim_pss_mb(node: &Node) -> Result<Vec<f64>> {
+/// Shims of this node, and the processes that hold their pods' namespaces: both were started with the node's run
+/// directory on their command line, a holder by its shim.
+fn pod_processes_mb(node: &Node) -> Result<(Vec<f64>, Vec<f64>)> {
     let run_dir = node.dir().join("run").display().to_string();
-    let mut found = Vec::new();
+    let mut found = BTreeMap::new();
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
-        let Some(pid) = name.to_str().filter(|name| name.bytes().all(|b| b.is_ascii_digit())) else {
-            continue;
-        };
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
         if command.contains(" shim ") && command.contains(&run_dir) {
-            found.push(kb_of(&format!("/proc/{pid}/smaps_rollup"), "Pss:")?);
+            let parent = kb_of(&format!("/proc/{pid}/status"), "PPid:")? * 1000.0;
+            found.insert(pid, (parent as u32, kb_of(&format!("/proc/{pid}/smaps_rollup"), "Pss:")?));
         }
     }
-    Ok(found)
+    let (holders, shims): (Vec<_>, Vec<_>) =
+        found.values().partition(|(parent, _)| found.contains_key(parent));
+    let sizes = |of: Vec<&(u32, f64)>| of.into_iter().map(|(_, size)| *size).collect();
+    Ok((sizes(shims), sizes(holders)))
 }

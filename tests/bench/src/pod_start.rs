@@ -97,7 +97,7 @@ async fn at_once(client: &Client) -> Result<Duration> {
 /// Creates the pods all together, waits until a watch has shown each Ready, then deletes them and waits for their end.
 async fn start_pods(client: &Client, names: &[String]) -> Result<Duration> {
     let api: Api<Pod> = Api::namespaced(client.clone(), "default");
-    let version = api.list_metadata(&kube::api::ListParams::default()).await?.metadata.resource_version;
+    let version = api.list(&kube::api::ListParams::default()).await?.metadata.resource_version;
     let mut events = api.watch(&WatchParams::default(), version.as_deref().unwrap_or("0")).await?.boxed();
     let mut waiting: BTreeMap<String, ()> = names.iter().map(|name| (name.clone(), ())).collect();
     let start = Instant::now();
@@ -129,7 +129,7 @@ async fn start_pods(client: &Client, names: &[String]) -> Result<Duration> {
     for name in names {
         api.delete(name, &DeleteParams::default().grace_period(0)).await?;
     }
-    while !api.list_metadata(&kube::api::ListParams::default()).await?.items.is_empty() {
+    while !api.list(&kube::api::ListParams::default()).await?.items.is_empty() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     Ok(took)
