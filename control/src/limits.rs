@@ -28,6 +28,8 @@ pub const HISTORY_TRIM_IDLE_STEPS: usize = 8192;
 pub const STORE_TRIM_SECS: u64 = 30;
 /// Names that are tried for a `generateName` before the create fails.
 pub const GENERATE_NAME_TRIES: usize = 8;
+/// Objects of a collection that are deleted at the same time, so that they share commits.
+pub const COLLECTION_WRITES_AT_ONCE: usize = 64;
 /// Attempts at a write whose object changes between the look at it and the commit.
 pub const WRITE_TRIES: usize = 64;
 /// How long a read waits for a revision that the store has not reached.

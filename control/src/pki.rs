@@ -41,13 +41,13 @@ pub enum PkiError {
         #[source]
         source: rcgen::Error,
     },
-    /// Half of the authority is missing: a new one would lock out everybody who trusts the old.
-    #[error("{missing} is missing although {present} exists; restore it or remove both")]
-    Half {
+    /// The authority has lost its key: a new one would lock out everybody who trusts the old.
+    #[error("{key} is missing although {certificate} exists; restore it or remove both")]
+    KeyLost {
         /// The file that isn't there.
-        missing: PathBuf,
+        key: PathBuf,
         /// The file that is.
-        present: PathBuf,
+        certificate: PathBuf,
     },
 }
 
@@ -89,16 +89,22 @@ impl Authority {
         let (certificate_path, key_path) = (dir.join("ca.crt"), dir.join("ca.key"));
         match (certificate_path.exists(), key_path.exists()) {
             (true, true) => Self::load(&certificate_path, &key_path),
-            (false, false) => Self::make(&certificate_path, &key_path),
-            (true, false) => Err(PkiError::Half { missing: key_path, present: certificate_path }),
-            (false, true) => Err(PkiError::Half { missing: certificate_path, present: key_path }),
+            // The key is written first, so this is a first start that was cut off; with the same key
+            // a new certificate is as good as the one that may have been.
+            (false, true) => Self::certify(&certificate_path, read_key(&key_path)?),
+            (false, false) => {
+                let key = KeyPair::generate().map_err(certificate_error("make the authority's key"))?;
+                write_private(&key_path, key.serialize_pem().as_bytes())?;
+                Self::certify(&certificate_path, key)
+            }
+            (true, false) => Err(PkiError::KeyLost { key: key_path, certificate: certificate_path }),
         }
     }
 
     fn load(certificate_path: &Path, key_path: &Path) -> Result<Self, PkiError> {
         let certificate_pem = read(certificate_path)?;
+        let key = read_key(key_path)?;
         let what = |path: &Path| format!("read {}", path.display());
-        let key = KeyPair::from_pem(&read(key_path)?).map_err(certificate_error(what(key_path)))?;
         let certificate = rustls_pem(&certificate_pem)
             .ok_or(rcgen::Error::CouldNotParseCertificate)
             .map_err(certificate_error(what(certificate_path)))?;
@@ -107,16 +113,13 @@ impl Authority {
         Ok(Self { certificate_pem, certificate, issuer })
     }
 
-    fn make(certificate_path: &Path, key_path: &Path) -> Result<Self, PkiError> {
-        let op = "make the cluster's authority";
-        let key = KeyPair::generate().map_err(certificate_error(op))?;
+    fn certify(path: &Path, key: KeyPair) -> Result<Self, PkiError> {
         let mut params = params("sheave-ca", None, CA_DAYS);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-        let certificate = params.self_signed(&key).map_err(certificate_error(op))?;
-        // The key first: a certificate without its key is what can't be repaired.
-        write_private(key_path, key.serialize_pem().as_bytes())?;
-        write_private(certificate_path, certificate.pem().as_bytes())?;
+        let certificate =
+            params.self_signed(&key).map_err(certificate_error("make the authority's certificate"))?;
+        write_private(path, certificate.pem().as_bytes())?;
         Ok(Self {
             certificate_pem: certificate.pem(),
             certificate: certificate.der().clone(),
@@ -216,6 +219,10 @@ fn rustls_pem(pem: &str) -> Option<CertificateDer<'static>> {
     CertificateDer::from_pem_slice(pem.as_bytes()).ok()
 }
 
+fn read_key(path: &Path) -> Result<KeyPair, PkiError> {
+    KeyPair::from_pem(&read(path)?).map_err(certificate_error(format!("read {}", path.display())))
+}
+
 fn read(path: &Path) -> Result<String, PkiError> {
     std::fs::read_to_string(path).map_err(|source| PkiError::File { op: "read", path: path.into(), source })
 }
@@ -227,6 +234,14 @@ fn make_private_dir(dir: &Path) -> Result<(), PkiError> {
         path: dir.into(),
         source,
     })
+}
+
+/// Makes the entry of a file in its directory durable.
+fn sync_parent(path: &Path) -> std::io::Result<()> {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => std::fs::File::open(dir)?.sync_all(),
+        _ => Ok(()),
+    }
 }
 
 /// Replaces a file as a whole, with mode 0600.
@@ -241,7 +256,8 @@ pub fn write_private(path: &Path, content: &[u8]) -> Result<(), PkiError> {
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(content)?;
         file.sync_all()?;
-        std::fs::rename(&temporary, path)
+        std::fs::rename(&temporary, path)?;
+        sync_parent(path)
     };
     write().map_err(|source| {
         // What can't be removed either is a file that the next attempt truncates.
@@ -276,9 +292,15 @@ mod tests {
     #[test]
     fn half_an_authority_is_no_reason_for_a_new_one() {
         let dir = tempfile::tempdir().unwrap();
-        Authority::open(dir.path()).unwrap();
+        let old = Authority::open(dir.path()).unwrap();
+        let admin = old.client("kubernetes-admin", "system:masters").unwrap();
+        std::fs::remove_file(dir.path().join("ca.crt")).unwrap();
+        let again = Authority::open(dir.path()).unwrap();
+        let (_, leaf) = x509_parser::parse_x509_certificate(&admin.certificate).unwrap();
+        let (_, ca) = x509_parser::parse_x509_certificate(&again.certificate).unwrap();
+        assert!(leaf.verify_signature(Some(ca.public_key())).is_ok(), "old clients are still let in");
         std::fs::remove_file(dir.path().join("ca.key")).unwrap();
-        assert!(matches!(Authority::open(dir.path()), Err(PkiError::Half { .. })));
+        assert!(matches!(Authority::open(dir.path()), Err(PkiError::KeyLost { .. })));
     }
 
     #[test]

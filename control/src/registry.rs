@@ -4,10 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::{StreamExt, stream};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::limits::{FUTURE_REV_WAIT_MS, GENERATE_NAME_TRIES, OBJECT_BYTES_MAX, WRITE_TRIES};
+use crate::limits::{
+    COLLECTION_WRITES_AT_ONCE, FUTURE_REV_WAIT_MS, GENERATE_NAME_TRIES, OBJECT_BYTES_MAX, WRITE_TRIES,
+};
 use crate::resource::alloc::AllocatorError;
 use crate::resource::lifecycle::{name_suffix, scale_of};
 use crate::resource::{
@@ -405,8 +408,8 @@ impl Registry {
         Err(too_busy(kind))
     }
 
-    /// Deletes what matches, one by one; what was there. An object that goes away by itself
-    /// meanwhile is no error.
+    /// Deletes what matches, each object by itself; what was there. An object that goes away by
+    /// itself meanwhile is no error.
     pub async fn delete_collection(
         &self,
         kind: &'static Kind,
@@ -415,9 +418,14 @@ impl Registry {
         options: DeleteOptions,
     ) -> Result<Vec<Arc<Object>>, ApiError> {
         let (objects, _) = self.list(kind, namespace, selectors);
-        let mut deleted = Vec::with_capacity(objects.len());
-        for object in objects {
-            match self.delete(kind, object.key.namespace(), object.key.name(), options.clone()).await {
+        let deletions = objects.into_iter().map(|object| {
+            let options = options.clone();
+            async move { self.delete(kind, object.key.namespace(), object.key.name(), options).await }
+        });
+        let mut deletions = stream::iter(deletions).buffered(COLLECTION_WRITES_AT_ONCE);
+        let mut deleted = Vec::new();
+        while let Some(done) = deletions.next().await {
+            match done {
                 Ok(done) => deleted.push(Arc::clone(done.object())),
                 Err(error) if error.is_not_found() => {}
                 Err(error) => return Err(error),
@@ -430,11 +438,18 @@ impl Registry {
     pub async fn expire_events(&self, now_secs: u64, ttl_secs: u64) -> Result<usize, ApiError> {
         let kind = &kinds::EVENTS;
         let (events, _) = self.list(kind, None, &Selectors::everything());
+        let mut due = Vec::new();
+        for event in events {
+            if now_secs.saturating_sub(event.written_secs) >= ttl_secs {
+                let (key, expect) = (event.key.clone(), Expect::Rev(event.rev));
+                due.push(Txn { key, expect, op: Op::Delete, guards: Vec::new() });
+            }
+        }
+        let removals = due.into_iter().map(|txn| self.0.store.write(txn));
+        let mut removals = stream::iter(removals).buffer_unordered(COLLECTION_WRITES_AT_ONCE);
         let mut removed = 0;
-        for event in events.iter().filter(|e| now_secs.saturating_sub(e.written_secs) >= ttl_secs) {
-            let expect = Expect::Rev(event.rev);
-            let txn = Txn { key: event.key.clone(), expect, op: Op::Delete, guards: Vec::new() };
-            match self.0.store.write(txn).await {
+        while let Some(done) = removals.next().await {
+            match done {
                 Ok(_) => removed += 1,
                 // Written to meanwhile, so it isn't due.
                 Err(TxnError::Conflict { .. }) => {}

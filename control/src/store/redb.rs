@@ -218,6 +218,10 @@ impl FileStorage {
         use std::os::unix::fs::OpenOptionsExt;
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        // A new file's data is durable only if the file is found again.
+        if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            std::fs::File::open(dir)?.sync_all()?;
+        }
         Ok(Self(Arc::new(file)))
     }
 }
