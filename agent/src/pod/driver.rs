@@ -225,6 +225,9 @@ impl Driver {
                 for (uid, why) in report.broken {
                     tracing::error!(uid, why, "a running pod has no network");
                 }
+                for failed in report.failed {
+                    tracing::error!(failed, "reconciling the pod network");
+                }
             }
             Err(error) => tracing::error!(error = chain(&error), "reconciling the pod network"),
         }
