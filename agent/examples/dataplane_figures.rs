@@ -17,8 +17,10 @@ use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, setsockopt, socket, sockopt};
 use nix::unistd::Pid;
 use sheave_agent::dataplane::ebpf::cgroup2_root;
-use sheave_agent::dataplane::{DataplaneConfig, Driver, StatsHandle, uninstall};
-use sheave_agent::service::{Endpoint, Event, Proto, Readiness, Service, ServicePort, Slice, SlicePort};
+use sheave_agent::dataplane::{DataplaneConfig, Driver, uninstall};
+use sheave_agent::service::{
+    Endpoint, Event, Hint, Proto, Readiness, Service, ServicePort, Slice, SlicePort,
+};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -57,9 +59,7 @@ fn config(cgroup: &std::path::Path, pins: &std::path::Path) -> DataplaneConfig {
         cgroup_path: Some(cgroup.to_owned()),
         uplinks: Vec::new(),
         node_name: "node".to_owned(),
-        node_ips: Vec::new(),
-        node_port_range: (30_000, 32_767),
-        stats: StatsHandle::default(),
+        ..DataplaneConfig::default()
     }
 }
 
@@ -68,19 +68,24 @@ fn service(n: u32) -> Event {
         key: format!("default/service-{n}").into(),
         cluster_ips: [IpAddr::from(Ipv4Addr::from(0x0a60_0000 + n + 1))].into(),
         ports: [ServicePort { name: "".into(), port: 80, node_port: 0, proto: Proto::Tcp }].into(),
-        internal_local: false,
-        external_local: false,
+        ..Service::default()
     })
 }
 
 fn slice(n: u32, endpoints: &[Ipv4Addr]) -> Event {
-    let endpoint =
-        |addr: &Ipv4Addr| Endpoint { addr: (*addr).into(), on_this_node: true, readiness: Readiness::Ready };
+    let endpoint = |addr: &Ipv4Addr| Endpoint {
+        addr: (*addr).into(),
+        on_this_node: true,
+        readiness: Readiness::Ready,
+        hint: Hint::None,
+    };
     Event::Slice(Slice {
         key: format!("default/service-{n}-slice").into(),
         service: format!("default/service-{n}").into(),
         ports: [SlicePort { name: "".into(), port: 8080, proto: Proto::Tcp }].into(),
         endpoints: endpoints.iter().map(endpoint).collect(),
+        weight: 1,
+        problems: Box::default(),
     })
 }
 

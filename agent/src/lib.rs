@@ -158,7 +158,9 @@ fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneConfi
         node_name: config.node_name.clone(),
         node_ips: config.node_ips.clone(),
         node_port_range: config.node_port_range,
+        pod_cidrs: config.pod_cidrs.clone(),
         stats: stats.clone(),
+        ..DataplaneConfig::default()
     }
 }
 

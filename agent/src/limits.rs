@@ -151,3 +151,8 @@ pub const SHUTDOWN_TIMEOUT_S: u64 = 5;
 pub const API_CONNECT_TIMEOUT_S: u64 = 5;
 /// A disk with this much free is not scarce, however large it is.
 pub const NODE_DISK_AVAILABLE_BYTES_MIN: u64 = 1 << 30;
+
+/// Ports that masquerading takes first, above Linux' default range for ephemeral ports (32,768 to 60,999).
+pub const SNAT_PORTS: (u16, u16) = (61_000, 65_535);
+/// Ports that masquerading takes when those are used up, below the default range of NodePorts.
+pub const SNAT_MORE_PORTS: (u16, u16) = (10_000, 29_999);

@@ -6,7 +6,6 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::Result;
 use serde_json::{Value, json};
 use sheave_agent::dataplane::{self, ServiceRow};
-use sheave_agent::service::Proto;
 
 use super::table::Table;
 use crate::cli::{BaseFlags, Output};
@@ -21,7 +20,7 @@ pub(super) fn list(base: &BaseFlags, output: Output) -> Result<()> {
             for row in &rows {
                 table.row([
                     SocketAddr::new(row.address, row.port).to_string(),
-                    protocol(row.proto).to_owned(),
+                    row.proto.name().to_owned(),
                     row.kind.to_owned(),
                     row.traffic_policy.to_owned(),
                     row.service_id.to_string(),
@@ -32,13 +31,6 @@ pub(super) fn list(base: &BaseFlags, output: Output) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn protocol(proto: Proto) -> &'static str {
-    match proto {
-        Proto::Tcp => "TCP",
-        Proto::Udp => "UDP",
-    }
 }
 
 fn addresses(endpoints: &[(IpAddr, u16)]) -> Vec<String> {
@@ -61,7 +53,7 @@ fn backends(row: &ServiceRow) -> String {
 
 fn as_json(row: &ServiceRow) -> Value {
     json!({
-        "address": row.address, "port": row.port, "protocol": protocol(row.proto), "kind": row.kind,
+        "address": row.address, "port": row.port, "protocol": row.proto.name(), "kind": row.kind,
         "trafficPolicy": row.traffic_policy, "id": row.service_id, "ready": addresses(&row.ready),
         "readyLocal": row.ready_local, "terminating": addresses(&row.terminating),
         "consistent": !row.inconsistent,

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use sheave_agent::dataplane::Driver;
-use sheave_agent::service::{Endpoint, Event, Proto, Readiness, Slice, SlicePort};
+use sheave_agent::service::{Endpoint, Event, Hint, Proto, Readiness, Slice, SlicePort};
 use sheave_harness::{NetNs, isolated};
 
 use crate::service_world::{
@@ -70,13 +70,19 @@ impl Lan {
         }
         events.push(service("empty", &["10.96.0.3", "fd00:96::3"], Proto::Tcp, 30_081));
         events.push(service("remote", &["10.96.0.4", "fd00:96::4"], Proto::Tcp, 30_082));
-        let elsewhere =
-            Endpoint { addr: address("10.244.9.9"), on_this_node: false, readiness: Readiness::Ready };
+        let elsewhere = Endpoint {
+            addr: address("10.244.9.9"),
+            on_this_node: false,
+            readiness: Readiness::Ready,
+            hint: Hint::None,
+        };
         events.push(Event::Slice(Slice {
             key: "default/remote-v4".into(),
             service: "default/remote".into(),
             ports: [SlicePort { name: "".into(), port: 8080, proto: Proto::Tcp }].into(),
             endpoints: [elsewhere].into(),
+            weight: 1,
+            problems: Box::default(),
         }));
         self.world.driver(events)
     }

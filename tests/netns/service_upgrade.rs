@@ -33,10 +33,20 @@ fn links(dir: &Path) -> BTreeMap<String, (u32, u32)> {
 fn age(dir: &Path) {
     let map =
         Map::from_map_data(MapData::from_pin(dir.join("shv_config")).expect("pinned")).expect("an array");
-    let mut array: Array<_, [u8; 24]> = map.try_into().expect("of the size of the config");
+    const SIZE: usize = size_of::<Config>();
+    let mut array: Array<_, [u8; SIZE]> = map.try_into().expect("of the size of the config");
     let config = Config::from_bytes(&array.get(&0, 0).expect("the element")).expect("of the config");
     let other = Config { object_digest: config.object_digest ^ 1, ..config };
-    array.set(0, <[u8; 24]>::try_from(other.as_bytes()).expect("24 bytes"), 0).expect("write it back");
+    array.set(0, <[u8; SIZE]>::try_from(other.as_bytes()).expect("its size"), 0).expect("write it back");
+}
+
+/// Ends the client, also when the test panics: the scope would wait for it for ever.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
@@ -59,6 +69,7 @@ fn service_programs_are_upgraded_in_place() {
 
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _ends = Ends(&done);
             let client = scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     assert_eq!(ask(at("10.96.0.10", 80)).expect("not one connection fails").0, POD);

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use sheave_agent::dataplane::{DataplaneConfig, Driver, StatsHandle, uninstall};
+use sheave_agent::dataplane::{DataplaneConfig, Driver, uninstall};
 use sheave_agent::service::{
-    Endpoint, Event, ObjectKey, Proto, Readiness, Service, ServicePort, Slice, SlicePort,
+    Endpoint, Event, Hint, ObjectKey, Proto, Readiness, Service, ServicePort, Slice, SlicePort,
 };
 
 /// How long a peer may take to answer.
@@ -36,9 +36,7 @@ impl World {
             cgroup_path: Some(cgroup.to_owned()),
             uplinks: uplinks.iter().map(|&name| name.to_owned()).collect(),
             node_name: "node-1".to_owned(),
-            node_ips: Vec::new(),
-            node_port_range: (30_000, 32_767),
-            stats: StatsHandle::default(),
+            ..DataplaneConfig::default()
         };
         Self { dir: dir.to_owned(), config }
     }
@@ -105,8 +103,7 @@ pub(crate) fn service(name: &str, ips: &[&str], proto: Proto, node_port: u16) ->
         key: key(name),
         cluster_ips: ips.iter().map(|ip| address(ip)).collect(),
         ports: [ServicePort { name: "".into(), port: 80, node_port, proto }].into(),
-        internal_local: false,
-        external_local: false,
+        ..Service::default()
     })
 }
 
@@ -114,14 +111,20 @@ pub(crate) fn service(name: &str, ips: &[&str], proto: Proto, node_port: u16) ->
 pub(crate) fn slice(name: &str, proto: Proto, endpoints: &[SocketAddr]) -> Event {
     let port = endpoints.first().map_or(1, SocketAddr::port);
     assert!(endpoints.iter().all(|e| e.port() == port), "a slice has one port");
-    let endpoint =
-        |at: &SocketAddr| Endpoint { addr: at.ip(), on_this_node: true, readiness: Readiness::Ready };
+    let endpoint = |at: &SocketAddr| Endpoint {
+        addr: at.ip(),
+        on_this_node: true,
+        readiness: Readiness::Ready,
+        hint: Hint::None,
+    };
     let family = if endpoints.first().is_some_and(SocketAddr::is_ipv6) { "v6" } else { "v4" };
     Event::Slice(Slice {
         key: key(&format!("{name}-{family}")),
         service: key(name),
         ports: [SlicePort { name: "".into(), port, proto }].into(),
         endpoints: endpoints.iter().map(endpoint).collect(),
+        weight: 1,
+        problems: Box::default(),
     })
 }
 

@@ -2,7 +2,9 @@
 //! it and is gone after that.
 
 use crate::dataplane::{Feed, Notice};
-use crate::service::{Endpoint, Event, ObjectKey, Proto, Readiness, Service, ServicePort, Slice, SlicePort};
+use crate::service::{
+    Endpoint, Event, Hint, ObjectKey, Proto, Readiness, Service, ServicePort, Slice, SlicePort,
+};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
@@ -23,6 +25,11 @@ fn key(meta: &ObjectMeta) -> ObjectKey {
     let namespace = meta.namespace.as_deref().unwrap_or_default();
     let name = meta.name.as_deref().unwrap_or_default();
     format!("{namespace}/{name}").into()
+}
+
+/// SCTP is not balanced yet.
+fn proto(name: Option<&str>) -> Option<Proto> {
+    Proto::from_name(name.unwrap_or("TCP")).filter(|proto| *proto != Proto::Sctp)
 }
 
 fn port(number: i32) -> Option<u16> {
@@ -49,7 +56,7 @@ pub fn service(object: &core::Service) -> Option<Service> {
             name: at.name.as_deref().unwrap_or_default().into(),
             port: port(at.port)?,
             node_port: at.node_port.and_then(port).unwrap_or(0),
-            proto: Proto::from_name(at.protocol.as_deref().unwrap_or("TCP"))?,
+            proto: proto(at.protocol.as_deref())?,
         })
     });
     Some(Service {
@@ -58,6 +65,7 @@ pub fn service(object: &core::Service) -> Option<Service> {
         ports: ports.collect(),
         internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
+        ..Service::default()
     })
 }
 
@@ -73,7 +81,7 @@ pub fn slice(object: &discovery::EndpointSlice, node_name: &str) -> Option<Slice
         Some(SlicePort {
             name: at.name.as_deref().unwrap_or_default().into(),
             port: at.port.and_then(port)?,
-            proto: Proto::from_name(at.protocol.as_deref().unwrap_or("TCP"))?,
+            proto: proto(at.protocol.as_deref())?,
         })
     });
     Some(Slice {
@@ -81,6 +89,8 @@ pub fn slice(object: &discovery::EndpointSlice, node_name: &str) -> Option<Slice
         service: format!("{namespace}/{owner}").into(),
         ports: ports.collect(),
         endpoints: object.endpoints.iter().filter_map(|at| endpoint(at, node_name)).collect(),
+        weight: 1,
+        problems: Box::default(),
     })
 }
 
@@ -99,7 +109,8 @@ fn endpoint(object: &discovery::Endpoint, node_name: &str) -> Option<Endpoint> {
     };
     // Consumers use the first address only (discovery/v1).
     let addr = object.addresses.first()?.parse().ok()?;
-    Some(Endpoint { addr, on_this_node: object.node_name.as_deref() == Some(node_name), readiness })
+    let on_this_node = object.node_name.as_deref() == Some(node_name);
+    Some(Endpoint { addr, on_this_node, readiness, hint: Hint::None })
 }
 
 /// Turns watch events into events of the model, and an initial list into one statement of what exists.

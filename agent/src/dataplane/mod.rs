@@ -5,6 +5,7 @@
 
 mod driver;
 pub mod ebpf;
+pub mod mirror;
 mod stats;
 
 pub(crate) use driver::Notice;
@@ -12,30 +13,141 @@ pub use driver::{Driver, Feed, run};
 pub use ebpf::{Lookup, ServiceRow, list, uninstall};
 pub use stats::{DataplaneStats, StatsHandle};
 
-use crate::service::{Capacity, Changes, Observed};
+use crate::service::{Capacity, Changes, IpvsScheduler, Observed};
+use ipnetwork::IpNetwork;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+/// The ways to balance services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Mode {
+    /// eBPF at the socket and at network devices.
+    Ebpf,
+    /// The kernel's IPVS, with nftables for what it can't do.
+    Ipvs,
+    /// nftables alone.
+    Nftables,
+}
+
+impl Mode {
+    /// All of them, best first.
+    pub const ALL: [Self; 3] = [Self::Ebpf, Self::Nftables, Self::Ipvs];
+
+    /// The name in settings, logs and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Ipvs => "ipvs",
+            Self::Nftables => "nftables",
+        }
+    }
+
+    /// The mode with this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.name() == name)
+    }
+}
+
+/// On which of the node's addresses NodePorts are reached (kube-proxy's `nodePortAddresses`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// On all that others can reach, and on loopback for programs of the node itself.
+    #[default]
+    All,
+    /// On the node's primary addresses only, one a family.
+    Primary,
+    /// On addresses in these ranges.
+    In(Vec<IpNetwork>),
+}
+
+/// Entries of the eBPF maps. Maps that are pinned keep their size until they are grown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSizes {
+    /// Frontends of each family.
+    pub frontends: u32,
+    /// Slots in all runs together.
+    pub slots: u32,
+    /// Backends.
+    pub backends: u32,
+    /// Entries of the connection table, two a connection.
+    pub flows: u32,
+    /// Clients with session affinity.
+    pub affinity: u32,
+}
+
+impl Default for MapSizes {
+    fn default() -> Self {
+        use sheave_ebpf_abi::map;
+        Self {
+            frontends: map::FRONTENDS_MAX as u32,
+            slots: map::SLOTS_MAX as u32,
+            backends: map::BACKENDS_MAX as u32,
+            flows: map::FLOWS_MAX as u32,
+            affinity: map::AFFINITY_MAX as u32,
+        }
+    }
+}
+
 /// Settings of the data plane.
 #[derive(Clone, Debug)]
 pub struct DataplaneConfig {
+    /// Which one; `None` takes the best that the host has.
+    pub mode: Option<Mode>,
     /// Directory on a bpffs for the pins; a versioned directory is made below it. A bpffs is mounted where there is
     /// none (at `/sys/fs/bpf` for paths below it, else at the directory itself).
     pub pin_dir: PathBuf,
     /// The cgroup whose processes are served, and those below it; `None` means the root of the v2 hierarchy.
     pub cgroup_path: Option<PathBuf>,
-    /// Ethernet devices on which NodePort traffic arrives from outside.
+    /// Ethernet devices on which traffic arrives from outside: clients of NodePorts and load balancers, and answers of
+    /// backends on other nodes.
     pub uplinks: Vec<String>,
+    /// Beginnings of the names of pods' host-side devices: packets that pods send to a service without having been
+    /// translated at the socket are balanced there. Devices that come later are found by the repair timer.
+    pub pod_links: Vec<String>,
     /// Name of this node, by which endpoints are local.
     pub node_name: String,
-    /// Addresses of this node in addition to those found on its interfaces.
+    /// Addresses of this node in addition to those found on its interfaces; the first of each family is primary.
     pub node_ips: Vec<IpAddr>,
+    /// Ranges of pod addresses in the whole cluster, as far as known: traffic from there is not from outside.
+    pub pod_cidrs: Vec<IpNetwork>,
     /// First and last NodePort.
     pub node_port_range: (u16, u16),
+    /// Where NodePorts are reached.
+    pub node_port_addresses: NodePortAddresses,
+    /// Masquerade all that arrives for a service, not only what must be.
+    pub masquerade_all: bool,
+    /// Balance in XDP on uplinks that have it, before tcx does.
+    pub xdp: bool,
+    /// IPVS scheduler of services that ask for none.
+    pub ipvs_scheduler: IpvsScheduler,
+    /// Entries of the eBPF maps.
+    pub sizes: MapSizes,
     /// Where the current figures are put for `/metrics`; keep a clone.
     pub stats: StatsHandle,
+}
+
+impl Default for DataplaneConfig {
+    fn default() -> Self {
+        Self {
+            mode: Some(Mode::Ebpf),
+            pin_dir: PathBuf::from("/sys/fs/bpf/sheave"),
+            cgroup_path: None,
+            uplinks: Vec::new(),
+            pod_links: Vec::new(),
+            node_name: String::new(),
+            node_ips: Vec::new(),
+            pod_cidrs: Vec::new(),
+            node_port_range: (30_000, 32_767),
+            node_port_addresses: NodePortAddresses::All,
+            masquerade_all: false,
+            xdp: false,
+            ipvs_scheduler: IpvsScheduler::Rr,
+            sizes: MapSizes::default(),
+            stats: StatsHandle::default(),
+        }
+    }
 }
 
 /// Why the data plane could not do something.
@@ -115,7 +227,13 @@ pub enum Attached {
 }
 
 /// One way to balance services on a node. Implementations block; they are driven from a thread of their own.
+///
+/// [`Changes`] speak of slots and ids, which only the eBPF maps have. The others keep a [`mirror::Mirror`], which turns
+/// changes back into frontends with their backends; they observe nothing and make the kernel equal to what the first
+/// [`Dataplane::apply`] after [`Dataplane::observe`] brings, in one step where the kernel allows it.
 pub trait Dataplane: Send {
+    /// Which one it is.
+    fn mode(&self) -> Mode;
     /// What there is room for.
     fn capacity(&self) -> Capacity;
     /// Reads all that the kernel holds.

@@ -9,11 +9,17 @@ mod table;
 #[cfg(test)]
 mod table_tests;
 
-pub use model::{Endpoint, Family, ObjectKey, Proto, Readiness, Service, ServicePort, Slice, SlicePort};
-pub use plan::{BackendAddr, Counts, DesiredPort, FrontendKey, FrontendPolicy, NodeFacts, desired};
+pub use model::{
+    Distribution, Endpoint, Family, Hint, IpvsScheduler, ObjectKey, Proto, Readiness, Scheduler, Service,
+    ServiceExtras, ServicePort, Slice, SlicePort,
+};
+pub use plan::{
+    BackendAddr, Counts, DesiredPort, FrontendKey, FrontendKind, FrontendPolicy, NodeFacts, desired,
+};
 pub use runs::Run;
 pub use table::{
-    BackendId, Capacity, Changes, FrontendEntry, Observed, Refusal, RunWrite, ServiceId, Table, Usage,
+    BackendId, Capacity, Changes, FrontendEntry, MaglevId, MaglevWrite, Member, Observed, Refusal, RunWrite,
+    ServiceId, Table, Usage,
 };
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

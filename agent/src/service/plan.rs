@@ -1,7 +1,8 @@
 //! What one service wants of the data plane. Invariant: the answer depends on the contents only, not on the order of
 //! slices or endpoints, so equal states give equal tables.
 
-use super::model::{Family, Proto, Readiness, Service, ServicePort, Slice};
+use super::model::{Family, Proto, Readiness, Scheduler, Service, ServicePort, Slice};
+use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -23,15 +24,52 @@ pub struct FrontendKey {
     pub proto: Proto,
 }
 
+/// What a frontend is to Kubernetes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum FrontendKind {
+    /// One of `spec.clusterIPs`.
+    #[default]
+    ClusterIp,
+    /// A NodePort, on every address of the node that NodePorts are reached on.
+    NodePort,
+    /// An ingress address of a load balancer.
+    LoadBalancer,
+    /// One of `spec.externalIPs`.
+    ExternalIp,
+    /// A container's hostPort, on every address of the node or on one of them.
+    HostPort,
+}
+
+impl FrontendKind {
+    /// Kubernetes' word for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalIp => "ExternalIP",
+            Self::HostPort => "HostPort",
+        }
+    }
+}
+
 /// How a frontend may choose among the endpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FrontendPolicy {
-    /// The frontend is a NodePort.
-    pub node_port: bool,
+    /// What it is.
+    pub kind: FrontendKind,
     /// Clients on this node get endpoints of this node only.
     pub internal_local: bool,
     /// Clients outside get endpoints of this node only.
     pub external_local: bool,
+    /// A client stays with its endpoint for so many seconds after its last connection; 0 means no affinity.
+    pub affinity_timeout_s: u32,
+    /// What arrives from outside must come from one of the port's source ranges.
+    pub source_ranges: bool,
+    /// Endpoints on other nodes answer the client themselves.
+    pub dsr: bool,
+    /// How endpoints are picked.
+    pub scheduler: Scheduler,
 }
 
 /// Where a connection goes.
@@ -48,7 +86,7 @@ pub struct BackendAddr {
 /// Endpoints in each part of a run, in the order of the run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Counts {
-    /// Ready, on this node.
+    /// Ready, on this node. The first `local_only` of them are not for policy Cluster.
     pub local_ready: usize,
     /// Ready, elsewhere.
     pub remote_ready: usize,
@@ -56,6 +94,8 @@ pub struct Counts {
     pub local_terminating: usize,
     /// Serving while terminating, elsewhere.
     pub remote_terminating: usize,
+    /// Of `local_ready`, those at the start that topology hints keep for others: policy Local alone may pick them.
+    pub local_only: usize,
 }
 
 /// One service port in one family: some frontends that share one ordered set of backends.
@@ -67,6 +107,8 @@ pub struct DesiredPort {
     pub backends: Vec<BackendAddr>,
     /// How many of each kind.
     pub counts: Counts,
+    /// Where clients of frontends with [`FrontendPolicy::source_ranges`] must come from.
+    pub source_ranges: Vec<IpNetwork>,
 }
 
 /// The ports that `service` wants, given its slices.
@@ -79,7 +121,8 @@ pub fn desired<'a>(
     for cluster_ip in &service.cluster_ips {
         for port in &service.ports {
             let (backends, counts) = backends(port, Family::of(*cluster_ip), slices.clone(), node);
-            ports.push(DesiredPort { frontends: frontends(service, *cluster_ip, port), backends, counts });
+            let frontends = frontends(service, *cluster_ip, port);
+            ports.push(DesiredPort { frontends, backends, counts, source_ranges: Vec::new() });
         }
     }
     ports
@@ -90,8 +133,7 @@ fn frontends(
     cluster_ip: IpAddr,
     port: &ServicePort,
 ) -> Vec<(FrontendKey, FrontendPolicy)> {
-    let internal =
-        FrontendPolicy { node_port: false, internal_local: service.internal_local, external_local: false };
+    let internal = FrontendPolicy { internal_local: service.internal_local, ..FrontendPolicy::default() };
     let mut frontends = Vec::with_capacity(2);
     frontends.push((FrontendKey { addr: cluster_ip, port: port.port, proto: port.proto }, internal));
     if port.node_port != 0 {
@@ -99,8 +141,11 @@ fn frontends(
             Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
             Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
         };
-        let external =
-            FrontendPolicy { node_port: true, internal_local: false, external_local: service.external_local };
+        let external = FrontendPolicy {
+            kind: FrontendKind::NodePort,
+            external_local: service.external_local,
+            ..FrontendPolicy::default()
+        };
         frontends.push((FrontendKey { addr: any, port: port.node_port, proto: port.proto }, external));
     }
     frontends
@@ -132,13 +177,14 @@ fn backends<'a>(
         remote_ready: count((Readiness::Ready, true)),
         local_terminating: count((Readiness::Terminating, false)),
         remote_terminating: count((Readiness::Terminating, true)),
+        local_only: 0,
     };
     (ordered.into_iter().map(|(backend, _)| backend).collect(), counts)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::model::{Endpoint, SlicePort};
+    use super::super::model::{Endpoint, Hint, SlicePort};
     use super::*;
 
     fn ip(text: &str) -> IpAddr {
@@ -155,7 +201,7 @@ mod tests {
             ]
             .into(),
             internal_local: true,
-            external_local: false,
+            ..Service::default()
         }
     }
 
@@ -170,8 +216,11 @@ mod tests {
                     addr: ip(addr),
                     on_this_node: *on_this_node,
                     readiness: *readiness,
+                    hint: Hint::None,
                 })
                 .collect(),
+            weight: 1,
+            problems: Box::default(),
         }
     }
 
@@ -204,7 +253,13 @@ mod tests {
         let ports = desired(&service(), slices.iter(), &node);
         assert_eq!(ports.len(), 4);
         assert_eq!(addresses(&ports[0]), ["10.244.0.3", "192.0.2.1", "10.244.1.1", "10.244.0.9"]);
-        let counts = Counts { local_ready: 2, remote_ready: 1, local_terminating: 1, remote_terminating: 0 };
+        let counts = Counts {
+            local_ready: 2,
+            remote_ready: 1,
+            local_terminating: 1,
+            remote_terminating: 0,
+            local_only: 0,
+        };
         assert_eq!(ports[0].counts, counts);
         assert!(ports[1].backends.is_empty(), "the slice has no port named dns");
         assert_eq!(addresses(&ports[2]), ["fd00:244::1"]);
@@ -217,8 +272,12 @@ mod tests {
         let ports = desired(&service(), [].iter(), &NodeFacts::default());
         let keys: Vec<_> = ports[0].frontends.iter().map(|(k, _)| (k.addr.to_string(), k.port)).collect();
         assert_eq!(keys, [("10.96.0.5".to_owned(), 80), ("0.0.0.0".to_owned(), 30080)]);
-        assert!(ports[0].frontends[0].1.internal_local && !ports[0].frontends[0].1.node_port);
-        assert!(!ports[0].frontends[1].1.internal_local && ports[0].frontends[1].1.node_port);
+        assert!(
+            ports[0].frontends[0].1.internal_local && ports[0].frontends[0].1.kind == FrontendKind::ClusterIp
+        );
+        assert!(
+            !ports[0].frontends[1].1.internal_local && ports[0].frontends[1].1.kind == FrontendKind::NodePort
+        );
         assert_eq!(ports[2].frontends[1].0.addr, ip("::"));
         assert_eq!(ports[1].frontends.len(), 1);
     }

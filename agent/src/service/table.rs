@@ -6,6 +6,7 @@
 use super::model::{Family, ObjectKey};
 use super::plan::{BackendAddr, Counts, DesiredPort, FrontendKey, FrontendPolicy};
 use super::runs::{Run, Runs};
+use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// Id of a service port in one family; 0 is nobody's.
@@ -13,8 +14,11 @@ pub type ServiceId = u32;
 /// Id of a backend; 0 is nobody's.
 pub type BackendId = u32;
 
+/// Element of the Maglev array; 0 is nobody's.
+pub type MaglevId = u32;
+
 /// What the kernel holds for one frontend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrontendEntry {
     /// Whose run it is.
     pub service: ServiceId,
@@ -22,6 +26,10 @@ pub struct FrontendEntry {
     pub base: u32,
     /// Slots of each kind, in the order of [`Counts`].
     pub counts: [u16; 4],
+    /// Of the local ready slots, those at the start that policy Cluster must not pick.
+    pub local_only: u16,
+    /// Maglev table for policy Cluster; 0 means none.
+    pub maglev: MaglevId,
     /// How it may choose.
     pub policy: FrontendPolicy,
 }
@@ -44,6 +52,26 @@ pub struct RunWrite {
     pub backends: Vec<BackendId>,
 }
 
+/// What the members map says of one usable backend of a service with session affinity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Member {
+    /// It is on this node.
+    pub local: bool,
+    /// It is ready; otherwise it serves while it terminates.
+    pub ready: bool,
+    /// Policy Cluster may pick it.
+    pub cluster: bool,
+}
+
+/// A Maglev table to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MaglevWrite {
+    /// Which element.
+    pub id: MaglevId,
+    /// Picks, counted from the first slot that policy Cluster may use; `sheave_ebpf_abi::MAGLEV_SLOTS` of them.
+    pub picks: std::sync::Arc<[u16]>,
+}
+
 /// Entries that the kernel's maps have room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
@@ -55,6 +83,12 @@ pub struct Capacity {
     pub slots: u32,
     /// Backends.
     pub backends: u32,
+    /// Members of services with session affinity.
+    pub members: u32,
+    /// Source ranges.
+    pub ranges: u32,
+    /// Maglev tables.
+    pub maglevs: u32,
 }
 
 /// All that the kernel holds.
@@ -66,6 +100,10 @@ pub struct Observed {
     pub slots: Vec<(ServiceId, BackendId)>,
     /// Backends.
     pub backends: Vec<(BackendId, BackendAddr)>,
+    /// Members of services with session affinity.
+    pub members: Vec<((ServiceId, BackendId), Member)>,
+    /// Source ranges.
+    pub ranges: Vec<(ServiceId, IpNetwork)>,
 }
 
 /// What is to be done to the kernel, in the order of the fields.
@@ -75,12 +113,25 @@ pub struct Changes {
     pub put_backends: BTreeMap<BackendId, BackendAddr>,
     /// 2. Runs that nobody refers to yet.
     pub put_runs: Vec<RunWrite>,
-    /// 3. Frontends: each write flips one to its new run.
+    /// 3. Maglev tables that nobody refers to yet.
+    pub put_maglevs: Vec<MaglevWrite>,
+    /// 4. Members of services with session affinity, new and changed.
+    pub put_members: BTreeMap<(ServiceId, BackendId), Member>,
+    /// 5. Source ranges that are new.
+    pub put_ranges: BTreeSet<(ServiceId, IpNetwork)>,
+    /// 6. Frontends: each write flips one to its new run.
     pub put_frontends: BTreeMap<FrontendKey, FrontendEntry>,
-    /// 4. Frontends that are gone.
+    /// 7. Frontends that are gone.
     pub delete_frontends: BTreeSet<FrontendKey>,
-    /// 5. Backends that nothing refers to any more.
+    /// 8. Source ranges that are gone.
+    pub delete_ranges: BTreeSet<(ServiceId, IpNetwork)>,
+    /// 9. Members that are gone.
+    pub delete_members: BTreeSet<(ServiceId, BackendId)>,
+    /// 10. Backends that nothing refers to any more.
     pub delete_backends: BTreeSet<BackendId>,
+    /// What the other fields take from UDP and SCTP clients: service ports that have lost a backend wholly (it neither
+    /// is ready nor serves), so that flows and sockets which still point there can be ended. TCP is left to resets.
+    pub lost: BTreeSet<(ServiceId, BackendAddr)>,
 }
 
 impl FrontendEntry {
@@ -94,8 +145,14 @@ impl Changes {
     pub fn is_empty(&self) -> bool {
         self.put_backends.is_empty()
             && self.put_runs.is_empty()
+            && self.put_maglevs.is_empty()
+            && self.put_members.is_empty()
+            && self.put_ranges.is_empty()
             && self.put_frontends.is_empty()
             && self.delete_frontends.is_empty()
+            && self.delete_ranges.is_empty()
+            && self.delete_members.is_empty()
+            && self.lost.is_empty()
             && self.delete_backends.is_empty()
     }
 }
@@ -106,7 +163,7 @@ pub enum Refusal {
     /// A map is full. The service keeps what it had before.
     #[error("the table of {what} is full ({capacity})")]
     Full {
-        /// Which: `frontends`, `slots` or `backends`.
+        /// Which: `frontends`, `slots`, `backends`, `members`, `source ranges` or `Maglev tables`.
         what: &'static str,
         /// Its size.
         capacity: u32,
@@ -402,7 +459,13 @@ impl Table {
             }
         };
         for (key, policy) in &port.frontends {
-            let wanted = FrontendEntry { service: id, base: run.base, counts: port.counts, policy: *policy };
+            let wanted = FrontendEntry {
+                service: id,
+                base: run.base,
+                counts: port.counts,
+                policy: *policy,
+                ..FrontendEntry::default()
+            };
             self.put_frontend(*key, wanted, changes);
         }
         let keys: Vec<FrontendKey> = port.frontends.iter().map(|(key, _)| *key).collect();

@@ -5,7 +5,8 @@ use super::*;
 use proptest::prelude::*;
 use std::net::{IpAddr, Ipv4Addr};
 
-const CAPACITY: Capacity = Capacity { frontends4: 24, frontends6: 8, slots: 40, backends: 40 };
+const CAPACITY: Capacity =
+    Capacity { frontends4: 24, frontends6: 8, slots: 40, backends: 40, members: 40, ranges: 20, maglevs: 4 };
 
 #[derive(Clone, Default)]
 struct Kernel {
@@ -76,6 +77,7 @@ impl Kernel {
             frontends: self.frontends.iter().map(|(k, v)| (*k, *v)).collect(),
             slots: self.slots.clone(),
             backends: self.backends.iter().map(|(k, v)| (*k, *v)).collect(),
+            ..Observed::default()
         }
     }
 }
@@ -97,6 +99,7 @@ fn port(frontends: &[u8], ready: &[u8], terminating: &[u8]) -> DesiredPort {
             local_terminating: terminating.len(),
             ..Counts::default()
         },
+        source_ranges: Vec::new(),
     }
 }
 
@@ -222,7 +225,7 @@ fn service(n: u8, frontends: &[u8]) -> Service {
         cluster_ips: ips.into(),
         ports: ports.collect(),
         internal_local: n == 4,
-        external_local: false,
+        ..Service::default()
     }
 }
 
@@ -239,8 +242,11 @@ fn slice(n: u8, of: u8, ports: &[u8], endpoints: &[(u8, bool, bool)]) -> Slice {
                 addr: Ipv4Addr::new(10, 244, 0, *n).into(),
                 on_this_node: *local,
                 readiness: if *ready { Readiness::Ready } else { Readiness::Terminating },
+                hint: Hint::None,
             })
             .collect(),
+        weight: 1,
+        problems: Box::default(),
     }
 }
 
@@ -364,7 +370,7 @@ fn junk(kernel: &mut Kernel, a: u8, b: u8) {
                 service: u32::from(b % 5),
                 base,
                 counts: [u16::from(b % 7), 0, 1, 0],
-                policy: FrontendPolicy::default(),
+                ..FrontendEntry::default()
             };
             if kernel.frontends.len() < 20 {
                 kernel.frontends.insert(frontend(b), entry);

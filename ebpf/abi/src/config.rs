@@ -1,10 +1,17 @@
 //! What the agent tells the programs about this node. Invariant: one element, written whole.
 
+use crate::Address;
 use crate::layout::plain;
+
+/// Bits of [`Config::flags`].
+pub mod config_flag {
+    /// Masquerade everything that arrives for a service, wherever its backend is (`--masquerade-all`).
+    pub const MASQUERADE_ALL: u32 = 1 << 0;
+}
 
 plain! {
     /// The single element of the config map.
-    pub struct Config = 24 {
+    pub struct Config = 80 {
         /// Cookie of the node's network namespace (SO_NETNS_COOKIE); NodePort on loopback works only there.
         pub node_netns_cookie: u64,
         /// Digest of the object whose programs are attached; lets a restarted agent adopt without loading.
@@ -13,7 +20,34 @@ plain! {
         pub node_port_min: u16,
         /// Highest NodePort, host order.
         pub node_port_max: u16,
+        /// Bits of [`config_flag`].
+        pub flags: u32,
+        /// Until this second of the monotonic clock events are written to the ring buffer; somebody who listens moves it
+        /// on, so that events cost nothing when nobody does.
+        pub events_until_s: u32,
+        /// Lowest port for masquerading, host order.
+        pub snat_port_min: u16,
+        /// Highest port for masquerading, host order.
+        pub snat_port_max: u16,
+        /// The node's primary IPv4 address, for masquerading; zero when it has none.
+        pub node4: Address,
+        /// The node's primary IPv6 address, for masquerading; zero when it has none.
+        pub node6: Address,
+        /// Random number of this cluster for Maglev hashes; the same on every node.
+        pub maglev_seed: u32,
+        /// Lowest port of a second range for masquerading, host order; 0 when there is none.
+        pub snat_more_min: u16,
+        /// Highest port of that range, host order.
+        pub snat_more_max: u16,
         /// Zero.
-        pub pad: u32,
+        pub pad: u64,
     }
+}
+
+/// Bits of the node addresses map's values.
+pub mod node_addr_flag {
+    /// The address is this node's.
+    pub const OURS: u32 = 1 << 0;
+    /// NodePorts are reached on it.
+    pub const NODE_PORTS: u32 = 1 << 1;
 }

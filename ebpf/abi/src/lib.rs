@@ -10,23 +10,34 @@
 mod address;
 mod config;
 mod counter;
+mod event;
 mod flow;
 mod layout;
 pub mod map;
 mod service;
 
 pub use address::{Address, MAPPED_WORD};
-pub use config::Config;
+pub use config::{Config, config_flag, node_addr_flag};
 pub use counter::{COUNTERS, Counter};
+pub use event::{Event, event_hook, event_kind};
 pub use flow::{FLOW_CLOSING, Flow, FlowKey, ReverseEntry, ReverseKey, ReverseValue, flow_direction};
 pub use layout::Plain;
-pub use service::{Backend, Frontend, Frontend4Key, Frontend6Key, Slot, frontend_flag};
+pub use service::{
+    Affinity, AffinityKey, Backend, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable,
+    MemberKey, RangeKey, Slot, affinity_scope, frontend_flag, member_flag,
+};
 
 /// Version of every layout in this crate. It is part of the pin path, so a change of any layout, map type or map
 /// flag means a new number and never a misread pinned map.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// IPPROTO_TCP (IANA protocol numbers).
 pub const PROTO_TCP: u8 = 6;
 /// IPPROTO_UDP (IANA protocol numbers).
 pub const PROTO_UDP: u8 = 17;
+/// IPPROTO_ICMP (IANA protocol numbers).
+pub const PROTO_ICMP: u8 = 1;
+/// IPPROTO_ICMPV6 (IANA protocol numbers).
+pub const PROTO_ICMPV6: u8 = 58;
+/// IPPROTO_SCTP (IANA protocol numbers).
+pub const PROTO_SCTP: u8 = 132;

@@ -15,16 +15,41 @@ pub const REVERSE_SK: &str = "shv_reverse_sk";
 pub const REVERSE_LRU: &str = "shv_reverse";
 /// LRU [`crate::FlowKey`] → [`crate::Flow`].
 pub const FLOWS: &str = "shv_flows";
-/// Addresses of this node: [`crate::Address`] → 1 (u32).
+/// Addresses of this node: [`crate::Address`] → bits of [`crate::node_addr_flag`] (u32).
 pub const NODE_ADDRS: &str = "shv_node_addrs";
 /// Array of one [`crate::Config`].
 pub const CONFIG: &str = "shv_config";
 /// Per-CPU array of u64, indexed by [`crate::Counter`].
 pub const COUNTERS: &str = "shv_counters";
+/// LRU [`crate::AffinityKey`] → [`crate::Affinity`].
+pub const AFFINITY: &str = "shv_affinity";
+/// [`crate::MemberKey`] → bits of [`crate::member_flag`] (u32).
+pub const MEMBERS: &str = "shv_members";
+/// Longest-prefix trie [`crate::RangeKey`] → 1 (u32).
+pub const RANGES: &str = "shv_ranges";
+/// Array of [`crate::MaglevTable`]; element 0 is nobody's.
+pub const MAGLEV: &str = "shv_maglev";
+/// Ring buffer of [`crate::Event`].
+pub const EVENTS: &str = "shv_events";
 
 /// Every pinned map.
-pub const ALL: &[&str] =
-    &[FRONTENDS4, FRONTENDS6, SLOTS, BACKENDS, REVERSE_SK, REVERSE_LRU, FLOWS, NODE_ADDRS, CONFIG, COUNTERS];
+pub const ALL: &[&str] = &[
+    FRONTENDS4,
+    FRONTENDS6,
+    SLOTS,
+    BACKENDS,
+    REVERSE_SK,
+    REVERSE_LRU,
+    FLOWS,
+    NODE_ADDRS,
+    CONFIG,
+    COUNTERS,
+    AFFINITY,
+    MEMBERS,
+    RANGES,
+    MAGLEV,
+    EVENTS,
+];
 
 /// Frontends a family (entries, allocated as they come: a NodePort service takes two).
 pub const FRONTENDS_MAX: usize = 262_144;
@@ -39,4 +64,14 @@ pub const FLOWS_MAX: usize = 65_536;
 /// Addresses of one node.
 pub const NODE_ADDRS_MAX: usize = 1_024;
 /// Room for reasons; more than there are, so that a new one needs no new map.
-pub const COUNTERS_MAX: usize = 64;
+pub const COUNTERS_MAX: usize = 128;
+/// Clients with session affinity.
+pub const AFFINITY_MAX: usize = 65_536;
+/// Backends of services with session affinity (entries, allocated as they come).
+pub const MEMBERS_MAX: usize = 262_144;
+/// Source ranges of all services (entries, allocated as they come).
+pub const RANGES_MAX: usize = 65_536;
+/// Maglev tables (32 KiB each, allocated at once).
+pub const MAGLEV_MAX: usize = 256;
+/// Bytes of the ring buffer.
+pub const EVENTS_BYTES: usize = 262_144;

@@ -106,10 +106,9 @@ impl Table for Kernel {
     fn config(&self) -> Option<Config> {
         Some(Config {
             node_netns_cookie: 1,
-            object_digest: 0,
             node_port_min: 30_000,
             node_port_max: 32_767,
-            pad: 0,
+            ..Config::zeroed()
         })
     }
     fn count(&self, counter: Counter) {

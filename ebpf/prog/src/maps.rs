@@ -3,14 +3,14 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use core::mem::MaybeUninit;
 use core::ptr::{read_volatile, write_volatile};
 use sheave_ebpf_abi::{
-    Address, Backend, Config, Counter, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, Plain,
-    ReverseEntry, ReverseKey, ReverseValue, Slot, map,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key,
+    MaglevTable, MemberKey, Plain, ReverseEntry, ReverseKey, ReverseValue, Slot, map,
 };
 use sheave_ebpf_core::env::Table;
 
@@ -36,6 +36,16 @@ static NODE_ADDRS: HashMap<Address, u32, { map::NODE_ADDRS_MAX }, ON_DEMAND> = H
 static CONFIG: Array<Config, 1> = Array::new();
 #[btf_map(name = "shv_counters")]
 static COUNTERS: PerCpuArray<u64, { map::COUNTERS_MAX }> = PerCpuArray::new();
+#[btf_map(name = "shv_affinity")]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { map::AFFINITY_MAX }> = LruHashMap::new();
+#[btf_map(name = "shv_members")]
+pub static MEMBERS: HashMap<MemberKey, u32, { map::MEMBERS_MAX }, ON_DEMAND> = HashMap::new();
+#[btf_map(name = "shv_ranges")]
+pub static RANGES: LpmTrie<[u32; 5], u32, { map::RANGES_MAX }> = LpmTrie::new();
+#[btf_map(name = "shv_maglev")]
+pub static MAGLEV: Array<MaglevTable, { map::MAGLEV_MAX }> = Array::new();
+#[btf_map(name = "shv_events")]
+pub static EVENTS: RingBuf<Event, { map::EVENTS_BYTES }> = RingBuf::new();
 
 /// Copies a map value, reading every word of it exactly once.
 ///

@@ -1,9 +1,14 @@
 //! The table's plain data to map bytes and back. Invariant: decoding what was encoded gives the same value, and what
 //! no encoder writes decodes to `None`.
 
-use crate::service::{BackendAddr, BackendId, FrontendEntry, FrontendKey, FrontendPolicy, Proto, RunWrite};
+use crate::service::{
+    BackendAddr, BackendId, FrontendEntry, FrontendKey, FrontendKind, FrontendPolicy, Member, Proto,
+    RunWrite, Scheduler, ServiceId,
+};
+use ipnetwork::IpNetwork;
 use sheave_ebpf_abi::{
-    Address, Backend, Frontend, Frontend4Key, Frontend6Key, PROTO_TCP, PROTO_UDP, Slot, frontend_flag,
+    Address, Backend, Frontend, Frontend4Key, Frontend6Key, MemberKey, PROTO_SCTP, PROTO_TCP, PROTO_UDP,
+    RangeKey, Slot, frontend_flag, member_flag,
 };
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -39,6 +44,7 @@ fn proto(proto: Proto) -> u8 {
     match proto {
         Proto::Tcp => PROTO_TCP,
         Proto::Udp => PROTO_UDP,
+        Proto::Sctp => PROTO_SCTP,
     }
 }
 
@@ -46,6 +52,7 @@ fn from_proto(number: u8) -> Option<Proto> {
     match number {
         PROTO_TCP => Some(Proto::Tcp),
         PROTO_UDP => Some(Proto::Udp),
+        PROTO_SCTP => Some(Proto::Sctp),
         _ => None,
     }
 }
@@ -76,10 +83,19 @@ pub(super) fn from_key6(key: &Frontend6Key) -> Option<FrontendKey> {
     Some(FrontendKey { addr, port: u16::from_be(key.port), proto: from_proto(key.proto)? })
 }
 
+const KINDS: [(FrontendKind, u32); 5] = [
+    (FrontendKind::ClusterIp, 0),
+    (FrontendKind::NodePort, frontend_flag::NODE_PORT),
+    (FrontendKind::LoadBalancer, frontend_flag::LOAD_BALANCER),
+    (FrontendKind::ExternalIp, frontend_flag::EXTERNAL_IP),
+    (FrontendKind::HostPort, frontend_flag::HOST_PORT),
+];
+
 pub(super) fn frontend(entry: &FrontendEntry) -> Frontend {
-    let mut flags = 0;
+    let mut flags = KINDS.iter().find(|(kind, _)| *kind == entry.policy.kind).map_or(0, |(_, flag)| *flag);
     for (set, flag) in [
-        (entry.policy.node_port, frontend_flag::NODE_PORT),
+        (entry.policy.source_ranges, frontend_flag::SOURCE_RANGES),
+        (entry.policy.dsr, frontend_flag::DSR),
         (entry.policy.internal_local, frontend_flag::INTERNAL_LOCAL),
         (entry.policy.external_local, frontend_flag::EXTERNAL_LOCAL),
     ] {
@@ -95,23 +111,78 @@ pub(super) fn frontend(entry: &FrontendEntry) -> Frontend {
         local_terminating: entry.counts[2],
         remote_terminating: entry.counts[3],
         flags,
-        affinity_timeout_s: 0,
-        maglev: 0,
+        affinity_timeout_s: entry.policy.affinity_timeout_s,
+        maglev: entry.maglev,
+        local_only: entry.local_only,
         pad: 0,
     }
 }
 
+/// The scheduler comes back as [`Scheduler::Maglev`] where there is a table; the kernel knows no others.
 pub(super) fn from_frontend(value: &Frontend) -> FrontendEntry {
+    let has = |flag| value.flags & flag != 0;
     FrontendEntry {
         service: value.service,
         base: value.base,
         counts: [value.local_ready, value.remote_ready, value.local_terminating, value.remote_terminating],
+        local_only: value.local_only,
+        maglev: value.maglev,
         policy: FrontendPolicy {
-            node_port: value.flags & frontend_flag::NODE_PORT != 0,
-            internal_local: value.flags & frontend_flag::INTERNAL_LOCAL != 0,
-            external_local: value.flags & frontend_flag::EXTERNAL_LOCAL != 0,
+            kind: KINDS
+                .iter()
+                .rev()
+                .find(|(_, flag)| has(*flag))
+                .map_or(FrontendKind::ClusterIp, |(kind, _)| *kind),
+            internal_local: has(frontend_flag::INTERNAL_LOCAL),
+            external_local: has(frontend_flag::EXTERNAL_LOCAL),
+            affinity_timeout_s: value.affinity_timeout_s,
+            source_ranges: has(frontend_flag::SOURCE_RANGES),
+            dsr: has(frontend_flag::DSR),
+            scheduler: if value.maglev == 0 { Scheduler::Default } else { Scheduler::Maglev },
         },
     }
+}
+
+pub(super) fn member_key((service, backend): (ServiceId, BackendId)) -> MemberKey {
+    MemberKey { service, backend }
+}
+
+pub(super) fn member(member: Member) -> u32 {
+    [
+        (member.local, member_flag::LOCAL),
+        (member.ready, member_flag::READY),
+        (member.cluster, member_flag::CLUSTER),
+    ]
+    .into_iter()
+    .filter(|(set, _)| *set)
+    .fold(0, |flags, (_, flag)| flags | flag)
+}
+
+pub(super) fn from_member(key: &MemberKey, flags: u32) -> ((ServiceId, BackendId), Member) {
+    let member = Member {
+        local: flags & member_flag::LOCAL != 0,
+        ready: flags & member_flag::READY != 0,
+        cluster: flags & member_flag::CLUSTER != 0,
+    };
+    ((key.service, key.backend), member)
+}
+
+/// Bits of a range key before the address.
+const RANGE_SERVICE_BITS: u32 = 32;
+/// Bits of an IPv4-mapped address before the IPv4 address.
+const MAPPED_BITS: u32 = 96;
+
+pub(super) fn range_key(service: ServiceId, range: &IpNetwork) -> RangeKey {
+    let mapped = if range.is_ipv4() { MAPPED_BITS } else { 0 };
+    let prefix_len = RANGE_SERVICE_BITS + mapped + u32::from(range.prefix());
+    RangeKey { prefix_len, service, addr: address(range.network()) }
+}
+
+pub(super) fn from_range_key(key: &RangeKey) -> Option<(ServiceId, IpNetwork)> {
+    let addr = from_address(&key.addr);
+    let mapped = if addr.is_ipv4() { MAPPED_BITS } else { 0 };
+    let prefix = key.prefix_len.checked_sub(RANGE_SERVICE_BITS + mapped)?;
+    Some((key.service, IpNetwork::new(addr, u8::try_from(prefix).ok()?).ok()?))
 }
 
 pub(super) fn backend(id: BackendId, at: &BackendAddr) -> Backend {
@@ -151,14 +222,29 @@ mod tests {
                 assert_eq!(from_address(&address(addr)), addr);
             }
         }
+        for bits in 0..16 {
+            for (kind, _) in KINDS {
+                let policy = FrontendPolicy {
+                    kind,
+                    internal_local: bits & 1 != 0,
+                    external_local: bits & 2 != 0,
+                    affinity_timeout_s: 10_800,
+                    source_ranges: bits & 4 != 0,
+                    dsr: bits & 8 != 0,
+                    scheduler: Scheduler::Maglev,
+                };
+                let counts = [1, 2, 3, 4];
+                let entry = FrontendEntry { service: 9, base: 40, counts, local_only: 1, maglev: 3, policy };
+                assert_eq!(from_frontend(&frontend(&entry)), entry);
+            }
+        }
         for bits in 0..8 {
-            let policy = FrontendPolicy {
-                node_port: bits & 1 != 0,
-                internal_local: bits & 2 != 0,
-                external_local: bits & 4 != 0,
-            };
-            let entry = FrontendEntry { service: 9, base: 40, counts: [1, 2, 3, 4], policy };
-            assert_eq!(from_frontend(&frontend(&entry)), entry);
+            let held = Member { local: bits & 1 != 0, ready: bits & 2 != 0, cluster: bits & 4 != 0 };
+            assert_eq!(from_member(&member_key((3, 4)), member(held)), ((3, 4), held));
+        }
+        for text in ["10.0.0.0/8", "0.0.0.0/0", "192.0.2.7/32", "fd00::/8", "::/0"] {
+            let range: IpNetwork = text.parse().unwrap();
+            assert_eq!(from_range_key(&range_key(5, &range)), Some((5, range)), "{text}");
         }
     }
 
@@ -174,6 +260,6 @@ mod tests {
 
     #[test]
     fn an_unknown_protocol_is_nothing() {
-        assert_eq!(from_key4(&Frontend4Key { addr: 1, port: 1, proto: 132, pad: 0 }), None);
+        assert_eq!(from_key4(&Frontend4Key { addr: 1, port: 1, proto: 133, pad: 0 }), None);
     }
 }

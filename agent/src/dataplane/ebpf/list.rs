@@ -10,7 +10,7 @@ use std::path::Path;
 /// One frontend as the kernel has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceRow {
-    /// `ClusterIP` or `NodePort`.
+    /// `ClusterIP`, `NodePort`, `LoadBalancer`, `ExternalIP` or `HostPort`.
     pub kind: &'static str,
     /// Address; unspecified for a NodePort.
     pub address: IpAddr,
@@ -45,7 +45,7 @@ pub fn list(pin_dir: &Path) -> Result<Vec<ServiceRow>, DataplaneError> {
         let (ready, terminating) = endpoints.split_at(ready.min(endpoints.len()));
         let local = entry.policy.internal_local || entry.policy.external_local;
         ServiceRow {
-            kind: if entry.policy.node_port { "NodePort" } else { "ClusterIP" },
+            kind: entry.policy.kind.name(),
             address: key.addr,
             port: key.port,
             proto: key.proto,

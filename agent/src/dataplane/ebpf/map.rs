@@ -16,7 +16,9 @@ mod kind {
     pub(super) const ARRAY: u32 = 2;
     pub(super) const PERCPU_ARRAY: u32 = 6;
     pub(super) const LRU_HASH: u32 = 9;
+    pub(super) const LPM_TRIE: u32 = 11;
     pub(super) const SK_STORAGE: u32 = 24;
+    pub(super) const RINGBUF: u32 = 27;
 }
 
 /// BPF_F_NO_PREALLOC (uapi/linux/bpf.h).
@@ -48,6 +50,11 @@ pub(super) const SHAPES: &[Shape] = &[
     shape::<abi::Address, u32>(map::NODE_ADDRS, kind::HASH, NO_PREALLOC),
     shape::<u32, abi::Config>(map::CONFIG, kind::ARRAY, 0),
     shape::<u32, u64>(map::COUNTERS, kind::PERCPU_ARRAY, 0),
+    shape::<abi::AffinityKey, abi::Affinity>(map::AFFINITY, kind::LRU_HASH, 0),
+    shape::<abi::MemberKey, u32>(map::MEMBERS, kind::HASH, NO_PREALLOC),
+    shape::<abi::RangeKey, u32>(map::RANGES, kind::LPM_TRIE, NO_PREALLOC),
+    shape::<u32, abi::MaglevTable>(map::MAGLEV, kind::ARRAY, 0),
+    Shape { name: map::EVENTS, kind: kind::RINGBUF, key: 0, value: 0, flags: 0 },
 ];
 
 /// Opens a pinned map and checks it; `Ok(None)` when nothing is pinned there.

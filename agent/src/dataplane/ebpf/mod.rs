@@ -14,13 +14,15 @@ pub use list::{Lookup, ServiceRow, list};
 pub use map::Counters;
 pub use probe::cgroup2_root;
 
-use super::{Attached, Dataplane, DataplaneConfig, DataplaneError};
+use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode};
+use crate::limits;
 use crate::service::{Capacity, Changes, FrontendEntry, FrontendKey, Observed};
 use aya::Ebpf;
 use link::{CGROUP_HOOKS, LINKS, Target};
 use map::Map;
 use sheave_ebpf_abi::{
-    ABI_VERSION, Address, Backend, Config, Frontend, Frontend4Key, Frontend6Key, Slot, map as names,
+    ABI_VERSION, Address, Backend, Config, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable,
+    MemberKey, RangeKey, Slot, config_flag, map as names, node_addr_flag,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -43,6 +45,9 @@ struct Maps {
     backends: Map<u32, Backend>,
     node_addrs: Map<Address, u32>,
     config: Map<u32, Config>,
+    members: Map<MemberKey, u32>,
+    ranges: Map<RangeKey, u32>,
+    maglev: Map<u32, MaglevTable>,
 }
 
 impl Maps {
@@ -54,6 +59,9 @@ impl Maps {
             backends: Map::open(dir, names::BACKENDS)?,
             node_addrs: Map::open(dir, names::NODE_ADDRS)?,
             config: Map::open(dir, names::CONFIG)?,
+            members: Map::open(dir, names::MEMBERS)?,
+            ranges: Map::open(dir, names::RANGES)?,
+            maglev: Map::open(dir, names::MAGLEV)?,
         })
     }
 
@@ -74,7 +82,11 @@ impl Maps {
             self.slots.entries(used)?.into_iter().map(|(_, slot)| (slot.service, slot.backend)).collect();
         let backends = self.backends.entries(usize::MAX)?;
         let backends = backends.iter().filter_map(|(id, b)| Some((*id, encode::from_backend(b)?))).collect();
-        Ok(Observed { frontends, slots, backends })
+        let members = self.members.entries(usize::MAX)?;
+        let members = members.iter().map(|(key, flags)| encode::from_member(key, *flags)).collect();
+        let ranges = self.ranges.entries(usize::MAX)?;
+        let ranges = ranges.iter().filter_map(|(key, _)| encode::from_range_key(key)).collect();
+        Ok(Observed { frontends, slots, backends, members, ranges })
     }
 }
 
@@ -123,7 +135,24 @@ impl EbpfDataplane {
         let node_netns_cookie = sys::netns_cookie()
             .map_err(|source| DataplaneError::Host { op: "ask for the netns cookie", source })?;
         let (node_port_min, node_port_max) = config.node_port_range;
-        let wanted = Config { node_netns_cookie, object_digest, node_port_min, node_port_max, pad: 0 };
+        let primary = |v4: bool| config.node_ips.iter().find(|ip| ip.is_ipv4() == v4);
+        let address = |v4| primary(v4).map_or(Address { words: [0; 4] }, |ip| encode::address(*ip));
+        let wanted = Config {
+            node_netns_cookie,
+            object_digest,
+            node_port_min,
+            node_port_max,
+            flags: if config.masquerade_all { config_flag::MASQUERADE_ALL } else { 0 },
+            events_until_s: self.config()?.events_until_s,
+            snat_port_min: limits::SNAT_PORTS.0,
+            snat_port_max: limits::SNAT_PORTS.1,
+            node4: address(true),
+            node6: address(false),
+            maglev_seed: 0,
+            snat_more_min: limits::SNAT_MORE_PORTS.0,
+            snat_more_max: limits::SNAT_MORE_PORTS.1,
+            pad: 0,
+        };
         self.maps.config.put(&0, &wanted)
     }
 
@@ -162,12 +191,20 @@ impl EbpfDataplane {
 }
 
 impl Dataplane for EbpfDataplane {
+    fn mode(&self) -> Mode {
+        Mode::Ebpf
+    }
+
     fn capacity(&self) -> Capacity {
         Capacity {
             frontends4: self.maps.frontends4.max_entries(),
             frontends6: self.maps.frontends6.max_entries(),
             slots: self.maps.slots.max_entries(),
             backends: self.maps.backends.max_entries(),
+            members: self.maps.members.max_entries(),
+            ranges: self.maps.ranges.max_entries(),
+            // Element 0 is nobody's.
+            maglevs: self.maps.maglev.max_entries().saturating_sub(1),
         }
     }
 
@@ -180,6 +217,20 @@ impl Dataplane for EbpfDataplane {
         maps.backends.put_all(changes.put_backends.iter().map(|(id, at)| (*id, encode::backend(*id, at))))?;
         let slots: Vec<_> = changes.put_runs.iter().flat_map(encode::slots).collect();
         maps.slots.put_all(slots.into_iter())?;
+        for write in &changes.put_maglevs {
+            let mut table = MaglevTable { picks: [0; MAGLEV_SLOTS] };
+            table.picks.iter_mut().zip(write.picks.iter()).for_each(|(slot, pick)| *slot = *pick);
+            maps.maglev.put(&write.id, &table)?;
+        }
+        let members: Vec<_> = changes
+            .put_members
+            .iter()
+            .map(|(key, held)| (encode::member_key(*key), encode::member(*held)))
+            .collect();
+        maps.members.put_all(members.into_iter())?;
+        for (service, range) in &changes.put_ranges {
+            maps.ranges.put(&encode::range_key(*service, range), &1)?;
+        }
         let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for (key, entry) in &changes.put_frontends {
             match encode::key(key) {
@@ -198,12 +249,17 @@ impl Dataplane for EbpfDataplane {
         }
         maps.frontends4.delete_all(v4.into_iter())?;
         maps.frontends6.delete_all(v6.into_iter())?;
+        for (service, range) in &changes.delete_ranges {
+            maps.ranges.delete(&encode::range_key(*service, range))?;
+        }
+        maps.members.delete_all(changes.delete_members.iter().map(|key| encode::member_key(*key)))?;
         maps.backends.delete_all(changes.delete_backends.iter().copied())
     }
 
     fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<(), DataplaneError> {
         for addr in addresses.difference(&self.node_addresses) {
-            self.maps.node_addrs.put(&encode::address(*addr), &1)?;
+            let flags = node_addr_flag::OURS | node_addr_flag::NODE_PORTS;
+            self.maps.node_addrs.put(&encode::address(*addr), &flags)?;
         }
         for addr in self.node_addresses.difference(addresses) {
             self.maps.node_addrs.delete(&encode::address(*addr))?;
