@@ -2,7 +2,7 @@
 //! goes wrong with a write, the next round starts from what the kernel really holds.
 
 use super::ebpf::EbpfDataplane;
-use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, StatsHandle};
+use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, StatsHandle, ipvs, nftables};
 use crate::cluster::services;
 use crate::limits;
 use crate::service::{Changes, Event, NodeFacts, ObjectKey, Observed, Planner, Refusal, Table};
@@ -42,11 +42,18 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Opens the eBPF data plane and adopts what it holds.
+    /// Opens the data plane and adopts what it holds.
     pub fn open(config: &DataplaneConfig) -> Result<Self, DataplaneError> {
-        let plane = EbpfDataplane::open(config)?;
-        config.stats.set_counters(plane.counters()?);
-        let mut driver = Self::over(Box::new(plane), config.stats.clone())?;
+        let plane: Box<dyn Dataplane> = match config.mode.unwrap_or(Mode::Ebpf) {
+            Mode::Ebpf => {
+                let plane = EbpfDataplane::open(config)?;
+                config.stats.set_counters(plane.counters()?);
+                Box::new(plane)
+            }
+            Mode::Nftables => nftables::open(config)?,
+            Mode::Ipvs => ipvs::open(config)?,
+        };
+        let mut driver = Self::over(plane, config.stats.clone())?;
         driver.extra_addresses.clone_from(&config.node_ips);
         driver.refresh_node()?;
         Ok(driver)

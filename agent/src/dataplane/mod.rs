@@ -5,7 +5,9 @@
 
 mod driver;
 pub mod ebpf;
+mod ipvs;
 pub mod mirror;
+mod nftables;
 mod stats;
 
 pub(crate) use driver::Notice;
@@ -245,4 +247,13 @@ pub trait Dataplane: Send {
     /// Makes traffic flow through the table, if it does not yet: attaches, upgrades in place, re-attaches what was
     /// severed. To be called after the first [`Dataplane::apply`] and then from time to time.
     fn attach(&mut self) -> Result<Attached, DataplaneError>;
+}
+
+/// Takes one mode off the host, going on past errors; what was never there is fine. Nothing is balanced by it afterwards.
+pub fn remove(mode: Mode, config: &DataplaneConfig) -> Vec<DataplaneError> {
+    match mode {
+        Mode::Ebpf => uninstall(&config.pin_dir).err().unwrap_or_default(),
+        Mode::Nftables => nftables::uninstall(config),
+        Mode::Ipvs => ipvs::uninstall(config),
+    }
 }
