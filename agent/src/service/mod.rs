@@ -2,6 +2,7 @@
 //! against the kernel's. Invariant: nothing here does I/O or reads a clock; the same events in the same order give
 //! the same changes.
 
+pub mod maglev;
 mod model;
 mod plan;
 mod runs;
