@@ -7,6 +7,11 @@ use crate::layout::plain;
 pub mod config_flag {
     /// Masquerade everything that arrives for a service, wherever its backend is (`--masquerade-all`).
     pub const MASQUERADE_ALL: u32 = 1 << 0;
+    /// There are hostPorts on every address of the node, so that ports outside of the NodePort range are looked up with
+    /// the wildcard address too.
+    pub const HOST_PORTS: u32 = 1 << 1;
+    /// NodePorts are reached on loopback, by programs in the node's own network namespace.
+    pub const LOOPBACK_NODE_PORTS: u32 = 1 << 2;
 }
 
 plain! {

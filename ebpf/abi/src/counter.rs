@@ -61,4 +61,12 @@ counters! {
     Fragment = 16, "fragment", false;
     /// A rewrite failed half way, so the packet was dropped.
     RewriteFailed = 17, "rewrite_failed", true;
+    /// A listener did not read fast enough, so an event was not written.
+    EventLost = 18, "event_lost", false;
+    /// A program's bind to a port or an address of a service was refused.
+    BindRefused = 19, "bind_refused", true;
+    /// A client could not be bound to its backend: the kernel had no memory for it.
+    AffinityFull = 20, "affinity_full", false;
+    /// An answer came through a service that is gone meanwhile; its sender was shown as it is.
+    RecvmsgStale = 21, "recvmsg_stale", false;
 }

@@ -2,8 +2,8 @@
 //! decides nothing.
 
 use sheave_ebpf_abi::{
-    Address, Backend, Config, Counter, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, ReverseEntry,
-    ReverseKey, ReverseValue, Slot,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Flow, FlowKey, Frontend, Frontend4Key,
+    Frontend6Key, MemberKey, ReverseEntry, ReverseKey, ReverseValue, Slot, node_addr_flag,
 };
 
 /// The service table as a program reads it. Every getter returns a copy that was read once.
@@ -16,12 +16,27 @@ pub trait Table {
     fn slot(&self, index: u32) -> Option<Slot>;
     /// A backend by id.
     fn backend(&self, id: u32) -> Option<Backend>;
+    /// Bits of [`node_addr_flag`] of an address; none when it is not this node's (loopback does not count).
+    fn node_flags(&self, address: &Address) -> u32;
     /// Whether the address belongs to this node (loopback does not count).
-    fn is_node_address(&self, address: &Address) -> bool;
+    #[inline(always)]
+    fn is_node_address(&self, address: &Address) -> bool {
+        self.node_flags(address) & node_addr_flag::OURS != 0
+    }
     /// The node's settings.
     fn config(&self) -> Option<Config>;
     /// Adds one to a reason.
     fn count(&self, counter: Counter);
+}
+
+/// Which client is bound to which backend, of services with session affinity.
+pub trait Affinities {
+    /// The client's binding.
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
+    /// Writes a binding. `fresh`: only where there is none. False when nothing was written.
+    fn bind(&self, key: &AffinityKey, value: &Affinity, fresh: bool) -> bool;
+    /// Bits of [`sheave_ebpf_abi::member_flag`] of a service's backend; `None` when it is none of its.
+    fn member(&self, key: &MemberKey) -> Option<u32>;
 }
 
 /// Facts about the calling socket, and its memory of translations.

@@ -4,7 +4,8 @@
 use crate::env::{Flows, Packet, Socket, Table};
 use crate::golden::{self, Frame, Hook, L4, PLACES};
 use crate::resolve::{Destination, Resolution, resolve};
-use crate::{checksum, nodeport, reverse};
+use crate::reverse::{self, Remembered};
+use crate::{checksum, nodeport};
 use sheave_ebpf_abi::*;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -100,8 +101,9 @@ impl Table for Kernel {
     fn backend(&self, id: u32) -> Option<Backend> {
         self.backends.get(&id).copied()
     }
-    fn is_node_address(&self, address: &Address) -> bool {
-        self.node.contains(address)
+    fn node_flags(&self, address: &Address) -> u32 {
+        let ours = node_addr_flag::OURS | node_addr_flag::NODE_PORTS;
+        if self.node.contains(address) { ours } else { 0 }
     }
     fn config(&self) -> Option<Config> {
         Some(Config {
@@ -389,18 +391,22 @@ fn sockets_remember_whom_they_asked() {
     for no_storage in [false, true] {
         kernel.no_storage = no_storage;
         *kernel.stored.borrow_mut() = None;
+        kernel.lru.borrow_mut().clear();
         let one = to("10.96.0.1", 80, PROTO_UDP);
         let two = to("10.96.0.2", 53, PROTO_UDP);
         let b = |ip, id| Backend { addr: address(ip), id, port: 9_u16.to_be(), proto: PROTO_UDP, flags: 0 };
-        assert!(reverse::remember_datagram(&kernel, &one, &b("10.244.0.1", 1), 1));
-        assert!(reverse::remember_datagram(&kernel, &two, &b("10.244.0.2", 2), 2));
+        let send = |to: &Destination, b: &Backend, id| reverse::remember_datagram(&kernel, to, b, id);
+        assert_eq!(send(&one, &b("10.244.0.1", 1), 1), Remembered::Newly);
+        assert_eq!(send(&one, &b("10.244.0.1", 1), 1), Remembered::Before);
+        assert_eq!(send(&two, &b("10.244.0.2", 2), 2), Remembered::Newly);
+        assert_eq!(send(&two, &b("10.244.0.2", 2), 2), Remembered::Before);
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((one.addr, one.port)));
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 9, PROTO_UDP)), Some((two.addr, two.port)));
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 10, PROTO_UDP)), None);
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 10, PROTO_UDP)), None);
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.3", 9, PROTO_UDP)), None);
         // The same backend through another service: the last one that was asked.
-        assert!(reverse::remember_datagram(&kernel, &two, &b("10.244.0.1", 1), 2));
+        assert_eq!(send(&two, &b("10.244.0.1", 1), 2), Remembered::Newly);
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((two.addr, two.port)));
         assert!(reverse::remember_peer(&kernel, &one, &b("10.244.0.9", 9), 1));
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.9", 9, PROTO_UDP)), Some((one.addr, one.port)));

@@ -28,7 +28,18 @@ pub fn remember_peer<S: Socket>(socket: &S, asked: &Destination, backend: &Backe
     if socket.store(&entry(asked, backend, service_id)) {
         return true;
     }
-    remember_in_lru(socket, asked, backend, service_id)
+    remember_in_lru(socket, asked, backend, service_id) != Remembered::No
+}
+
+/// What became of remembering a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remembered {
+    /// The socket has sent through this service to this backend before.
+    Before,
+    /// It is the first time, as far as is remembered.
+    Newly,
+    /// The kernel has no memory left for it.
+    No,
 }
 
 /// Remembers one datagram: the storage keeps one backend, further ones of the same socket go to the LRU.
@@ -38,16 +49,16 @@ pub fn remember_datagram<S: Socket>(
     asked: &Destination,
     backend: &Backend,
     service_id: u32,
-) -> bool {
+) -> Remembered {
     let new = entry(asked, backend, service_id);
     match socket.stored() {
-        Some(held) if held == new => true,
+        Some(held) if held == new => Remembered::Before,
         Some(held) if held.backend != new.backend || held.backend_port != new.backend_port => {
             remember_in_lru(socket, asked, backend, service_id)
         }
         _ => {
             if socket.store(&new) {
-                return true;
+                return Remembered::Newly;
             }
             remember_in_lru(socket, asked, backend, service_id)
         }
@@ -55,13 +66,18 @@ pub fn remember_datagram<S: Socket>(
 }
 
 #[inline(always)]
-fn remember_in_lru<S: Socket>(socket: &S, asked: &Destination, backend: &Backend, service_id: u32) -> bool {
+fn remember_in_lru<S: Socket>(
+    socket: &S,
+    asked: &Destination,
+    backend: &Backend,
+    service_id: u32,
+) -> Remembered {
     let key = lru_key(socket.cookie(), &backend.addr, backend.port, asked.proto);
     let value = ReverseValue { service: asked.addr, service_id, port: asked.port, pad: 0 };
     if socket.reverse(&key) == Some(value) {
-        return true;
+        return Remembered::Before;
     }
-    socket.set_reverse(&key, &value)
+    if socket.set_reverse(&key, &value) { Remembered::Newly } else { Remembered::No }
 }
 
 /// What the program asked for when it now hears of `peer`; `None` when `peer` is not a backend of this socket.

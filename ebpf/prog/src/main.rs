@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "map references, context accesses and helpers are unsafe in a BPF program")]
 
 mod connect;
+mod event;
 mod maps;
 mod nodeport;
 mod peer;

@@ -9,10 +9,10 @@ use aya_ebpf::{
 use core::mem::MaybeUninit;
 use core::ptr::{read_volatile, write_volatile};
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key,
-    MaglevTable, MemberKey, Plain, ReverseEntry, ReverseKey, ReverseValue, Slot, map,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Frontend, Frontend4Key,
+    Frontend6Key, MaglevTable, MemberKey, Plain, ReverseEntry, ReverseKey, ReverseValue, Slot, map,
 };
-use sheave_ebpf_core::env::Table;
+use sheave_ebpf_core::env::{Affinities, Table};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -108,13 +108,15 @@ impl Table for Maps {
     }
 
     #[inline(always)]
-    fn is_node_address(&self, address: &Address) -> bool {
-        NODE_ADDRS.get_ptr(address).is_some()
+    fn node_flags(&self, address: &Address) -> u32 {
+        NODE_ADDRS.get_ptr(address).map_or(0, copy)
     }
 
+    /// Only the fields that the caller looks at are read: each stands for itself, and the element is never another's.
     #[inline(always)]
     fn config(&self) -> Option<Config> {
-        CONFIG.get_ptr(0).map(copy)
+        // SAFETY: the kernel keeps the element readable until the program ends, and every bit pattern is valid.
+        CONFIG.get_ptr(0).map(|config| unsafe { *config })
     }
 
     #[inline(always)]
@@ -124,5 +126,25 @@ impl Table for Maps {
             // the same reason but in rare cases, where a count may be lost and nothing else.
             unsafe { *value = (*value).wrapping_add(1) };
         }
+    }
+}
+
+/// BPF_NOEXIST (uapi/linux/bpf.h): write only where there is no entry.
+const ONLY_NEW: u64 = 1;
+
+impl Affinities for Maps {
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        AFFINITY.get_ptr(key).map(copy)
+    }
+
+    #[inline(always)]
+    fn bind(&self, key: &AffinityKey, value: &Affinity, fresh: bool) -> bool {
+        AFFINITY.insert(key, value, if fresh { ONLY_NEW } else { 0 }).is_ok()
+    }
+
+    #[inline(always)]
+    fn member(&self, key: &MemberKey) -> Option<u32> {
+        MEMBERS.get_ptr(key).map(copy)
     }
 }

@@ -59,8 +59,8 @@ impl Table for Env {
         Maps.backend(id)
     }
     #[inline(always)]
-    fn is_node_address(&self, address: &Address) -> bool {
-        Maps.is_node_address(address)
+    fn node_flags(&self, address: &Address) -> u32 {
+        Maps.node_flags(address)
     }
     #[inline(always)]
     fn config(&self) -> Option<Config> {

@@ -2,12 +2,12 @@
 //! translation is remembered.
 
 use crate::maps::Maps;
-use crate::sock::{ALLOW, Call, refuse_unremembered};
+use crate::sock::{ALLOW, Call, refuse_unremembered, tell_connection};
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
-use sheave_ebpf_abi::{Address, Counter};
+use sheave_ebpf_abi::{Address, Counter, event_hook};
 use sheave_ebpf_core::env::Table as _;
 use sheave_ebpf_core::resolve::Destination;
-use sheave_ebpf_core::reverse;
+use sheave_ebpf_core::reverse::{self, Remembered};
 
 #[cgroup_sock_addr(sendmsg4)]
 pub fn shv_sendmsg4(ctx: SockAddrContext) -> i32 {
@@ -24,15 +24,19 @@ pub fn shv_sendmsg6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn send(call: &Call<'_>, asked: Option<Destination>, set: impl Fn(&Address, u16) -> bool) -> i32 {
     let Some(asked) = asked else { return ALLOW };
-    let (backend, service) = match call.resolve(&asked, Counter::SendmsgNoEndpoints) {
+    let (backend, service) = match call.resolve(&asked, Counter::SendmsgNoEndpoints, event_hook::SENDMSG) {
         Ok(found) => found,
         Err(verdict) => return verdict,
     };
-    if !reverse::remember_datagram(call, &asked, &backend, service) {
-        return refuse_unremembered();
+    let remembered = reverse::remember_datagram(call, &asked, &backend, service);
+    if remembered == Remembered::No {
+        return refuse_unremembered(&asked, event_hook::SENDMSG);
     }
     if set(&backend.addr, backend.port) {
         Maps.count(Counter::Sendmsg);
+        if remembered == Remembered::Newly {
+            tell_connection(&asked, &backend, service, event_hook::SENDMSG, Counter::Sendmsg);
+        }
     }
     ALLOW
 }

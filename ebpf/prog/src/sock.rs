@@ -1,6 +1,7 @@
 //! The socket address hooks' context. Invariant: every access is 32 bits wide and volatile, the only form that the
 //! verifier takes for these fields on all kernels.
 
+use crate::event::tell;
 use crate::maps::{self, REVERSE_LRU, REVERSE_SK};
 use aya_ebpf::{
     EbpfContext as _,
@@ -10,7 +11,8 @@ use aya_ebpf::{
 };
 use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
 use sheave_ebpf_abi::{
-    Address, Config, Counter, PROTO_TCP, PROTO_UDP, ReverseEntry, ReverseKey, ReverseValue,
+    Address, Backend, Config, Counter, Event, PROTO_TCP, PROTO_UDP, Plain as _, ReverseEntry, ReverseKey,
+    ReverseValue, event_kind,
 };
 use sheave_ebpf_core::env::{Socket, Table as _};
 use sheave_ebpf_core::resolve::{Destination, Resolution, resolve};
@@ -135,12 +137,13 @@ impl<'a> Call<'a> {
         &self,
         asked: &Destination,
         no_endpoints: Counter,
-    ) -> Result<(sheave_ebpf_abi::Backend, u32), i32> {
+        hook: u8,
+    ) -> Result<(Backend, u32), i32> {
         let on_node = || maps::Maps.config().is_some_and(|config| self.in_node_netns(&config));
         match resolve(&maps::Maps, asked, on_node, self.entropy(asked.proto)) {
             Resolution::NotService => Err(ALLOW),
-            Resolution::NoEndpoints => Err(refuse(no_endpoints, ECONNREFUSED)),
-            Resolution::Stale => Err(refuse(Counter::StaleSlot, EAGAIN)),
+            Resolution::NoEndpoints => Err(refuse(asked, hook, no_endpoints, ECONNREFUSED)),
+            Resolution::Stale => Err(refuse(asked, hook, Counter::StaleSlot, EAGAIN)),
             Resolution::To(backend, service) => Ok((backend, service)),
         }
     }
@@ -148,13 +151,38 @@ impl<'a> Call<'a> {
 
 /// Fails the call because its translation cannot be remembered.
 #[inline(always)]
-pub fn refuse_unremembered() -> i32 {
-    refuse(Counter::ReverseFull, ENOBUFS)
+pub fn refuse_unremembered(asked: &Destination, hook: u8) -> i32 {
+    refuse(asked, hook, Counter::ReverseFull, ENOBUFS)
+}
+
+/// Tells a listener where a call's traffic goes.
+#[inline(always)]
+pub fn tell_connection(asked: &Destination, to: &Backend, service: u32, hook: u8, counter: Counter) {
+    tell(|| Event {
+        backend: to.addr,
+        backend_port: to.port,
+        service,
+        ..of_call(asked, hook, event_kind::CONNECTION, counter)
+    });
 }
 
 #[inline(always)]
-fn refuse(counter: Counter, errno: i32) -> i32 {
+fn of_call(asked: &Destination, hook: u8, kind: u8, counter: Counter) -> Event {
+    Event {
+        asked: asked.addr,
+        asked_port: asked.port,
+        proto: asked.proto,
+        reason: counter as u16,
+        kind,
+        hook,
+        ..Event::zeroed()
+    }
+}
+
+#[inline(always)]
+fn refuse(asked: &Destination, hook: u8, counter: Counter, errno: i32) -> i32 {
     maps::Maps.count(counter);
+    tell(|| of_call(asked, hook, event_kind::DROP, counter));
     // SAFETY: the helper takes an errno; where it fails the call ends with EPERM instead.
     unsafe { bpf_set_retval(-errno) };
     DENY
