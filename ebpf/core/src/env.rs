@@ -16,6 +16,8 @@ pub trait Table {
     fn slot(&self, index: u32) -> Option<Slot>;
     /// A backend by id.
     fn backend(&self, id: u32) -> Option<Backend>;
+    /// The pick in `slot` (below [`sheave_ebpf_abi::MAGLEV_SLOTS`]) of a Maglev table.
+    fn maglev(&self, table: u32, slot: u32) -> Option<u16>;
     /// Bits of [`node_addr_flag`] of an address; none when it is not this node's (loopback does not count).
     fn node_flags(&self, address: &Address) -> u32;
     /// Whether the address belongs to this node (loopback does not count).

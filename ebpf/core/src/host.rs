@@ -5,7 +5,7 @@ use crate::env::{Flows, Packet, Socket, Table};
 use crate::golden::{self, Frame, Hook, L4, PLACES};
 use crate::resolve::{Destination, Resolution, resolve};
 use crate::reverse::{self, Remembered};
-use crate::{checksum, nodeport};
+use crate::{checksum, nodeport, select};
 use sheave_ebpf_abi::*;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -18,6 +18,7 @@ struct Kernel {
     frontends6: HashMap<Frontend6Key, Frontend>,
     slots: Vec<Slot>,
     backends: HashMap<u32, Backend>,
+    maglevs: Vec<Vec<u16>>,
     node: Vec<Address>,
     counters: RefCell<HashMap<Counter, u64>>,
     flows: RefCell<HashMap<FlowKey, Flow>>,
@@ -100,6 +101,9 @@ impl Table for Kernel {
     }
     fn backend(&self, id: u32) -> Option<Backend> {
         self.backends.get(&id).copied()
+    }
+    fn maglev(&self, table: u32, slot: u32) -> Option<u16> {
+        self.maglevs.get(table as usize)?.get(slot as usize).copied()
     }
     fn node_flags(&self, address: &Address) -> u32 {
         let ours = node_addr_flag::OURS | node_addr_flag::NODE_PORTS;
@@ -411,4 +415,43 @@ fn sockets_remember_whom_they_asked() {
         assert!(reverse::remember_peer(&kernel, &one, &b("10.244.0.9", 9), 1));
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.9", 9, PROTO_UDP)), Some((one.addr, one.port)));
     }
+}
+
+#[test]
+fn maglev_picks_stay_in_the_run() {
+    let mut k = Kernel::default();
+    let table = (0..MAGLEV_SLOTS as u32).map(|slot| (slot % 4) as u16).collect();
+    k.maglevs = std::vec![Vec::new(), table];
+    let frontend =
+        |maglev, ready| Frontend { service: 1, base: 100, remote_ready: ready, maglev, ..Frontend::zeroed() };
+    assert_eq!(select::maglev_pick(&k, &frontend(0, 4), 5), None, "no table");
+    assert_eq!(select::maglev_pick(&k, &frontend(2, 4), 5), None, "no such table");
+    assert_eq!(select::maglev_pick(&k, &frontend(1, 0), 5), None, "nobody to pick");
+    let hashes = (0..=u32::MAX).step_by(100_003);
+    let picks: Vec<_> = hashes.clone().map(|h| select::maglev_pick(&k, &frontend(1, 4), h)).collect();
+    assert!(picks.iter().all(|p| matches!(p, Some(100..104))), "inside the run");
+    assert!((100..104).all(|slot| picks.contains(&Some(slot))), "all of it");
+    assert_eq!(select::maglev_pick(&k, &frontend(1, 4), u32::MAX), Some(100 + (MAGLEV_SLOTS as u32 - 1) % 4));
+    assert!(
+        hashes.map(|h| select::maglev_pick(&k, &frontend(1, 2), h)).any(|p| p.is_none()),
+        "a table too wide"
+    );
+}
+
+#[test]
+fn clients_hash_alike_on_all_nodes() {
+    let (client, vip) = (address("198.51.100.7"), address("192.0.2.80"));
+    let hash = |port, seed, affinity| {
+        select::client_hash(&client, u16::to_be(port), &vip, u16::to_be(80), PROTO_TCP, seed, affinity)
+    };
+    // What other nodes compute, perhaps with an older version.
+    assert_eq!((hash(40_000, 1, false), hash(40_000, 1, true)), (1_217_876_237, 2_769_919_394));
+    assert_ne!(hash(40_000, 1, false), hash(40_001, 1, false));
+    assert_ne!(hash(40_000, 1, false), hash(40_000, 2, false));
+    assert_eq!(hash(40_000, 1, true), hash(40_001, 1, true));
+    let mut hits = [0_u32; 8];
+    for port in 0..40_000 {
+        hits[(hash(port, 7, false) >> 29) as usize] += 1;
+    }
+    assert!(hits.iter().all(|n| (4_500..5_500).contains(n)), "{hits:?}");
 }

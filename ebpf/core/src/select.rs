@@ -1,7 +1,8 @@
 //! Which slots of a run may be used, and which one is. Invariant: traffic policies and termination are index ranges
 //! of one run, so a pick costs one lookup.
 
-use sheave_ebpf_abi::Frontend;
+use crate::env::Table;
+use sheave_ebpf_abi::{Address, Frontend, MAGLEV_SLOTS};
 
 /// Which endpoints a policy admits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,53 @@ pub fn range(frontend: &Frontend, scope: Scope) -> Option<Range> {
 #[inline(always)]
 pub fn pick(range: Range, entropy: u32) -> u32 {
     range.base + ((u64::from(entropy) * u64::from(range.len)) >> 32) as u32
+}
+
+/// The slot that the frontend's Maglev table picks for `hash` (see [`client_hash`]) under policy Cluster; `None` when it
+/// has none, or one that does not fit its run (another node's idea of weights cannot make it leave the run): the caller
+/// then picks at random.
+#[inline(always)]
+pub fn maglev_pick<T: Table>(table: &T, frontend: &Frontend, hash: u32) -> Option<u32> {
+    if frontend.maglev == 0 {
+        return None;
+    }
+    let range = range(frontend, Scope::Cluster)?;
+    let slot = ((u64::from(hash) * MAGLEV_SLOTS as u64) >> 32) as u32;
+    let pick = u32::from(table.maglev(frontend.maglev, slot)?);
+    if pick < range.len { Some(range.base + pick) } else { None }
+}
+
+/// A client's connection as every other node hashes it too. Ports in network order; with `affinity` only the client's
+/// address counts, so that it has one backend whatever it connects from, and through whichever address.
+#[inline(always)]
+pub fn client_hash(
+    client: &Address,
+    client_port: u16,
+    asked: &Address,
+    asked_port: u16,
+    proto: u8,
+    seed: u32,
+    affinity: bool,
+) -> u32 {
+    let c = &client.words;
+    let mut held = mix2(u64::from(c[0]) << 32 | u64::from(c[1]), u64::from(seed));
+    held = mix2(u64::from(c[2]) << 32 | u64::from(c[3]), held);
+    if !affinity {
+        let d = &asked.words;
+        held = mix2(u64::from(d[0]) << 32 | u64::from(d[1]), held);
+        held = mix2(u64::from(d[2]) << 32 | u64::from(d[3]), held);
+        let ports = u64::from(client_port) << 32 | u64::from(asked_port) << 16 | u64::from(proto);
+        held = mix2(ports, held);
+    }
+    (held >> 32) as u32
+}
+
+/// Takes `part` into a running hash.
+#[inline(always)]
+fn mix2(part: u64, held: u64) -> u64 {
+    let x = (part ^ held ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    let x = (x ^ x >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    x ^ x >> 32
 }
 
 /// Spreads `x` over 32 bits such that every input bit reaches every output bit.

@@ -10,7 +10,8 @@ use core::mem::MaybeUninit;
 use core::ptr::{read_volatile, write_volatile};
 use sheave_ebpf_abi::{
     Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Frontend, Frontend4Key,
-    Frontend6Key, MaglevTable, MemberKey, Plain, ReverseEntry, ReverseKey, ReverseValue, Slot, map,
+    Frontend6Key, MAGLEV_SLOTS, MaglevTable, MemberKey, Plain, ReverseEntry, ReverseKey, ReverseValue, Slot,
+    map,
 };
 use sheave_ebpf_core::env::{Affinities, Table};
 
@@ -105,6 +106,18 @@ impl Table for Maps {
     #[inline(always)]
     fn backend(&self, id: u32) -> Option<Backend> {
         BACKENDS.get_ptr(id).map(copy)
+    }
+
+    #[inline(always)]
+    fn maglev(&self, table: u32, slot: u32) -> Option<u16> {
+        let picks = MAGLEV.get_ptr(table)?.cast::<u16>();
+        // Behind this the verifier has to see the very register that was compared.
+        let slot = core::hint::black_box(slot);
+        if slot >= MAGLEV_SLOTS as u32 {
+            return None;
+        }
+        // SAFETY: the element has MAGLEV_SLOTS picks, `slot` is one of them, and an element of an array stays.
+        Some(unsafe { read_volatile(picks.add(slot as usize)) })
     }
 
     #[inline(always)]

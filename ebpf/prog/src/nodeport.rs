@@ -59,6 +59,10 @@ impl Table for Env {
         Maps.backend(id)
     }
     #[inline(always)]
+    fn maglev(&self, table: u32, slot: u32) -> Option<u16> {
+        Maps.maglev(table, slot)
+    }
+    #[inline(always)]
     fn node_flags(&self, address: &Address) -> u32 {
         Maps.node_flags(address)
     }
