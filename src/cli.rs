@@ -76,6 +76,8 @@ pub(crate) struct UpFlags {
     pub(crate) control: ControlFlags,
     #[command(flatten)]
     pub(crate) agent: AgentFlags,
+    #[command(flatten)]
+    pub(crate) services: ServiceFlags,
 }
 
 #[derive(Debug, Args)]
@@ -92,6 +94,11 @@ pub(crate) struct AgentCommand {
     pub(crate) base: BaseFlags,
     #[command(flatten)]
     pub(crate) agent: AgentFlags,
+    #[command(flatten)]
+    pub(crate) services: ServiceFlags,
+    /// Range of NodePorts, first and last; must be the control plane's [default: 30000-32767]
+    #[arg(long, value_name = "FIRST-LAST", help_heading = "Services [services]")]
+    pub(crate) node_port_range: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -230,6 +237,53 @@ pub(crate) struct AgentFlags {
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) components: Vec<String>,
+}
+
+/// `[services]`
+#[derive(Debug, Default, Clone, Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[command(next_help_heading = "Services [services]")]
+pub(crate) struct ServiceFlags {
+    /// How services are balanced: ebpf, nftables, ipvs, or auto for the first of them that works here. Changing it
+    /// puts the new one to work before the old one is removed [default: auto]
+    #[arg(long, value_name = "MODE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) data_plane: Option<String>,
+    /// Addresses of the node on which NodePorts are reached: all, primary (one a family), or ranges [default: all]
+    #[arg(long, value_name = "all|primary|CIDR", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) node_port_addresses: Vec<String>,
+    /// Give everything that arrives for a service the node's address as its source, not only what must have it
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) masquerade_all: Option<bool>,
+    /// Balance NodePorts and load balancers in XDP on uplinks that have it (data plane ebpf)
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) xdp: Option<bool>,
+    /// Scheduler of services that ask for none (data plane ipvs): rr, wrr, lc, wlc, lblc, lblcr, sh, dh, sed, nq, mh
+    /// [default: rr]
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ipvs_scheduler: Option<String>,
+    /// Beginning of the names of pods' host-side devices where another network plugin makes them (data plane ebpf)
+    #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) pod_link: Vec<String>,
+    /// Entries of eBPF maps: frontends, slots, backends, flows (two a connection), affinity, members, ranges, maglevs.
+    /// A map that is in use grows with its content and never shrinks [default: flows a 512th of memory, slots and
+    /// affinity a 4096th each, the others fixed]
+    #[arg(long, value_name = "MAP=N", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) service_map_sizes: Vec<String>,
+    /// Where /healthz and /livez answer load balancers as kube-proxy's do [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "ADDR:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) proxy_health_listen: Option<SocketAddr>,
+    /// Range of NodePorts of an agent without a control plane of its own, see its flag
+    #[arg(skip)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) node_port_range: Option<String>,
 }
 
 #[derive(Debug, Args)]

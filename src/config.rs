@@ -11,14 +11,14 @@ use toml::Table;
 /// Where the file is looked for when `--config` does not name one. It may be absent there.
 pub(crate) const DEFAULT_PATH: &str = "/etc/sheave/config.toml";
 
-/// The settings file as it was read: one table a section (`[paths]`, `[control]`, `[agent]`, `[log]`).
+/// The settings file as it was read: one table a section (`[paths]`, `[control]`, `[agent]`, `[services]`, `[log]`).
 #[derive(Debug, Default)]
 pub(crate) struct File {
     path: PathBuf,
     tables: Table,
 }
 
-const SECTIONS: [&str; 4] = ["paths", "log", "control", "agent"];
+const SECTIONS: [&str; 5] = ["paths", "log", "control", "agent", "services"];
 
 impl File {
     /// Reads `path`, or the default place when none is given.

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+use crate::dataplane::ServiceSettings;
 use crate::limits;
 
 /// What an agent can do on its node. An agent beside an existing kubelet runs `services` only.
@@ -67,6 +68,8 @@ pub struct AgentConfig {
     pub node_labels: BTreeMap<String, String>,
     /// First and last NodePort, inclusive; must be what the control plane allocates from.
     pub node_port_range: (u16, u16),
+    /// How services are balanced.
+    pub services: ServiceSettings,
     /// What this agent does. Empty means everything.
     pub components: Vec<Component>,
     /// Program that is started as a pod's shim. `None` means the running executable.
@@ -95,6 +98,7 @@ impl Default for AgentConfig {
             max_pods: 110,
             node_labels: BTreeMap::new(),
             node_port_range: (30000, 32767),
+            services: ServiceSettings::default(),
             components: Vec::new(),
             shim_exe: None,
         }
@@ -130,6 +134,18 @@ pub enum ConfigError {
     /// First port above the last, or 0.
     #[error("node_port_range {0}-{1} is not a range of ports")]
     NodePorts(u16, u16),
+    /// A map of the data plane that nothing fits into, or larger than the kernel takes.
+    #[error(
+        "services.map_sizes.{field} {value} is out of range {min} to {max}",
+        min = limits::MAP_ENTRIES_MIN,
+        max = limits::MAP_ENTRIES_MAX
+    )]
+    MapEntries {
+        /// The field in question.
+        field: &'static str,
+        /// Its value.
+        value: u32,
+    },
     /// A certificate without its key, or the other way round.
     #[error("tls_cert and tls_key must both be set, or neither")]
     HalfTls,
@@ -157,6 +173,11 @@ impl AgentConfig {
         let (first, last) = self.node_port_range;
         if first == 0 || first > last {
             return Err(ConfigError::NodePorts(first, last));
+        }
+        for (field, value) in self.services.map_sizes.set() {
+            if !(limits::MAP_ENTRIES_MIN..=limits::MAP_ENTRIES_MAX).contains(&value) {
+                return Err(ConfigError::MapEntries { field, value });
+            }
         }
         if self.tls_cert.is_some() != self.tls_key.is_some() {
             return Err(ConfigError::HalfTls);
@@ -214,6 +235,9 @@ mod tests {
         assert_eq!(services.validate(), Ok(()));
         let ports = AgentConfig { node_port_range: (2, 1), ..base.clone() };
         assert_eq!(ports.validate(), Err(ConfigError::NodePorts(2, 1)));
+        let mut maps = base.clone();
+        maps.services.map_sizes.flows = Some(1);
+        assert_eq!(maps.validate(), Err(ConfigError::MapEntries { field: "flows", value: 1 }));
         let tls = AgentConfig { tls_cert: Some("c".into()), ..base.clone() };
         assert_eq!(tls.validate(), Err(ConfigError::HalfTls));
         assert!(AgentConfig { max_pods: 0, ..base }.validate().is_err());

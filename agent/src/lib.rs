@@ -150,8 +150,18 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
     result
 }
 
-fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneConfig {
+/// What an agent with this configuration tells its data plane.
+pub fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneConfig {
+    let services = &config.services;
     DataplaneConfig {
+        mode: services.data_plane,
+        pod_links: pod_links(config),
+        node_port_addresses: services.node_port_addresses.clone(),
+        masquerade_all: services.masquerade_all,
+        xdp: services.xdp,
+        ipvs_scheduler: services.ipvs_scheduler,
+        sizes: services.map_sizes.sizes(u64::try_from(node::read_memory().0).unwrap_or(0)),
+        run_dir: Some(config.run_dir.clone()),
         pin_dir: config.pin_dir.clone(),
         cgroup_path: config.cgroup_path.clone(),
         uplinks: config.uplinks.clone(),
@@ -162,6 +172,12 @@ fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneConfi
         stats: stats.clone(),
         ..DataplaneConfig::default()
     }
+}
+
+/// Beginnings of the names of pods' devices: those that the agent makes itself, and those it was told of.
+fn pod_links(config: &AgentConfig) -> Vec<String> {
+    let own = config.does(Component::Pods).then(|| network::NODE_LINK_PREFIX.to_owned());
+    own.into_iter().chain(config.services.pod_links.iter().cloned()).collect()
 }
 
 /// Fills in what the host knows.

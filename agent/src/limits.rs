@@ -156,3 +156,20 @@ pub const NODE_DISK_AVAILABLE_BYTES_MIN: u64 = 1 << 30;
 pub const SNAT_PORTS: (u16, u16) = (61_000, 65_535);
 /// Ports that masquerading takes when those are used up, below the default range of NodePorts.
 pub const SNAT_MORE_PORTS: (u16, u16) = (10_000, 29_999);
+
+/// Fewest entries that a map of the data plane can be configured for.
+pub const MAP_ENTRIES_MIN: u32 = 2;
+/// Most entries that a map of the data plane can be configured for.
+pub const MAP_ENTRIES_MAX: u32 = 1 << 26;
+/// Share of the host's memory that the connection table may take: a 512th.
+pub const FLOWS_MEMORY_SHARE: u64 = 512;
+/// Share of the host's memory that clients with session affinity may take: a 4096th.
+pub const AFFINITY_MEMORY_SHARE: u64 = 4096;
+/// Share of the host's memory that slots may take: a 4096th.
+pub const SLOTS_MEMORY_SHARE: u64 = 4096;
+/// Most connection table entries that memory alone makes, two a connection.
+pub const FLOWS_DEFAULT_MAX: u32 = 1 << 22;
+/// Most affinity entries that memory alone makes.
+pub const AFFINITY_DEFAULT_MAX: u32 = 1 << 20;
+/// Most slots that memory alone makes.
+pub const SLOTS_DEFAULT_MAX: u32 = 1 << 22;

@@ -5,19 +5,26 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 use sheave_agent::{AgentConfig, Component};
 
-use crate::cli::{AgentCommand, AgentFlags, BaseFlags, PathFlags};
+use crate::cli::{AgentCommand, AgentFlags, BaseFlags, PathFlags, ServiceFlags};
 use crate::config::File;
 use crate::logging;
 
 pub(super) fn run(command: &AgentCommand) -> Result<()> {
     let file = File::read(command.base.config.as_deref())?;
     logging::start(&file.merge("log", &command.base.log)?)?;
-    let config = config(&file, &command.base, &command.agent)?;
+    let services =
+        ServiceFlags { node_port_range: command.node_port_range.clone(), ..command.services.clone() };
+    let config = config(&file, &command.base, &command.agent, &services)?;
     super::run_daemon(async |shutdown| Ok(sheave_agent::run(config, shutdown).await?))
 }
 
 /// The agent's configuration from file and flags.
-pub(super) fn config(file: &File, base: &BaseFlags, flags: &AgentFlags) -> Result<AgentConfig> {
+pub(super) fn config(
+    file: &File,
+    base: &BaseFlags,
+    flags: &AgentFlags,
+    services: &ServiceFlags,
+) -> Result<AgentConfig> {
     let paths: PathFlags = file.merge("paths", &base.paths)?;
     let flags: AgentFlags = file.merge("agent", flags)?;
     let mut config = AgentConfig { node_name: node_name(flags.node_name)?, ..AgentConfig::default() };
@@ -41,6 +48,7 @@ pub(super) fn config(file: &File, base: &BaseFlags, flags: &AgentFlags) -> Resul
     set(&mut config.max_pods, flags.max_pods);
     config.node_labels = labels(&flags.node_label)?;
     config.components = components(&flags.components)?;
+    super::services::set(&mut config, &file.merge("services", services)?)?;
     Ok(config)
 }
 

@@ -3,19 +3,20 @@
 use std::io::Write;
 
 use anyhow::{Result, bail};
+use sheave_agent::dataplane::StatsHandle;
 use sheave_agent::network::{Network, NetworkConfig};
 use sheave_agent::runtime::{Runtime, RuntimeConfig};
 
-use crate::cli::DownFlags;
+use crate::cli::{AgentFlags, DownFlags, ServiceFlags};
 use crate::config::File;
 
 pub(super) fn run(flags: &DownFlags) -> Result<()> {
     let file = File::read(flags.base.config.as_deref())?;
-    let agent = super::agent::config(&file, &flags.base, &crate::cli::AgentFlags::default())?;
+    let agent = super::agent::config(&file, &flags.base, &AgentFlags::default(), &ServiceFlags::default())?;
     let mut failures = super::runtime()?.block_on(stop_pods(&agent))?;
-    if let Err(errors) = sheave_agent::dataplane::uninstall(&agent.pin_dir) {
-        failures.extend(errors.into_iter().map(|error| format!("{:#}", anyhow::Error::new(error))));
-    }
+    let plane = sheave_agent::dataplane_config(&agent, &StatsHandle::default());
+    let errors = sheave_agent::dataplane::choice::remove_all(&plane);
+    failures.extend(errors.into_iter().map(|error| format!("{:#}", anyhow::Error::new(error))));
     if let Err(error) = sheave_agent::pod::volumes::tear_down(&agent.state_dir.join("pods")) {
         failures.push(error);
     }

@@ -7,6 +7,7 @@ mod down;
 mod image;
 mod raw;
 mod service;
+mod services;
 mod status;
 mod table;
 mod up;

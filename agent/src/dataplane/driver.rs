@@ -1,25 +1,17 @@
 //! Events in, kernel changed. Invariant: nothing is written before both watches have told everything, and whatever
 //! goes wrong with a write, the next round starts from what the kernel really holds.
 
-use super::ebpf::EbpfDataplane;
-use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, StatsHandle, ipvs, nftables};
-use crate::cluster::services;
+use super::choice::{self, Active};
+use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, StatsHandle};
 use crate::limits;
 use crate::service::{Changes, Event, NodeFacts, ObjectKey, Observed, Planner, Refusal, Table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Instant;
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 
-/// What the data plane's thread is told.
-#[derive(Debug)]
-pub enum Feed {
-    /// Something of the API.
-    Event(Event),
-    /// Look after links and node addresses.
-    Tick,
-}
+mod run;
+
+pub use run::{Feed, run};
 
 /// A service that newly is not, or not wholly, in the table.
 #[derive(Debug)]
@@ -33,7 +25,8 @@ pub struct Driver {
     plane: Box<dyn Dataplane>,
     planner: Planner,
     stats: StatsHandle,
-    extra_addresses: Vec<IpAddr>,
+    /// Settings, and which mode they led to; `None` over a data plane that was handed in.
+    chosen: Option<(DataplaneConfig, Active)>,
     /// Refusals that were told already.
     told: BTreeMap<ObjectKey, Vec<Refusal>>,
     /// The kernel may hold a part of a failed round.
@@ -44,19 +37,16 @@ pub struct Driver {
 impl Driver {
     /// Opens the data plane and adopts what it holds.
     pub fn open(config: &DataplaneConfig) -> Result<Self, DataplaneError> {
-        let plane: Box<dyn Dataplane> = match config.mode.unwrap_or(Mode::Ebpf) {
-            Mode::Ebpf => {
-                let plane = EbpfDataplane::open(config)?;
-                config.stats.set_counters(plane.counters()?);
-                Box::new(plane)
-            }
-            Mode::Nftables => nftables::open(config)?,
-            Mode::Ipvs => ipvs::open(config)?,
-        };
+        let choice::Chosen { plane, active } = choice::open(config)?;
         let mut driver = Self::over(plane, config.stats.clone())?;
-        driver.extra_addresses.clone_from(&config.node_ips);
+        driver.chosen = Some((config.clone(), active));
         driver.refresh_node()?;
         Ok(driver)
+    }
+
+    /// Which mode is at work.
+    pub fn mode(&self) -> Mode {
+        self.plane.mode()
     }
 
     /// Over any data plane.
@@ -66,7 +56,7 @@ impl Driver {
             plane,
             planner: Planner::new(table),
             stats,
-            extra_addresses: Vec::new(),
+            chosen: None,
             told: BTreeMap::new(),
             unsure: false,
             applied_once: false,
@@ -76,6 +66,11 @@ impl Driver {
     /// Takes in events without acting on them.
     pub fn handle(&mut self, events: impl IntoIterator<Item = Event>) {
         events.into_iter().for_each(|event| self.planner.handle(event));
+    }
+
+    /// Takes in one event without acting on it.
+    fn handle_one(&mut self, event: Event) {
+        self.planner.handle(event);
     }
 
     /// Brings the kernel to what the events so far want. Before both watches told everything it does nothing.
@@ -135,6 +130,13 @@ impl Driver {
             Err(error) => Err(error),
         };
         self.stats.update(|figures| figures.attach_errors_total += u64::from(result.is_err()));
+        if result.is_ok()
+            && let Some((config, active)) = &mut self.chosen
+            && !active.leaving.is_empty()
+        {
+            // Only now that this mode balances everything does the one before it go.
+            choice::leave(active, config);
+        }
         result
     }
 
@@ -157,7 +159,7 @@ impl Driver {
 
     fn refresh_node(&mut self) -> Result<(), DataplaneError> {
         let mut addresses = interface_addresses()?;
-        addresses.extend(&self.extra_addresses);
+        addresses.extend(self.chosen.iter().flat_map(|(config, _)| &config.node_ips));
         self.plane.set_node_addresses(&addresses)?;
         self.planner.handle(Event::Node(NodeFacts { addresses: addresses.into_iter().collect() }));
         Ok(())
@@ -207,83 +209,5 @@ fn is_reachable(addr: &IpAddr) -> bool {
     match addr {
         IpAddr::V4(addr) => !addr.is_loopback() && !addr.is_link_local(),
         IpAddr::V6(addr) => !addr.is_loopback() && !addr.is_unicast_link_local(),
-    }
-}
-
-/// Runs the data plane until `shutdown`: watches Services and EndpointSlices and keeps the kernel's table as they
-/// want it. What is in the kernel stays when this returns.
-///
-/// # Errors
-/// Only what keeps it from starting; later errors are logged, counted and tried again.
-pub async fn run(
-    client: kube::Client,
-    config: DataplaneConfig,
-    shutdown: CancellationToken,
-) -> Result<(), DataplaneError> {
-    let (feed, inbox) = mpsc::channel(limits::DATAPLANE_EVENTS_QUEUED_MAX);
-    let (tell, notices) = mpsc::channel(limits::DATAPLANE_NOTICES_QUEUED_MAX);
-    let watches = [
-        tokio::spawn(services::watch_services(client.clone(), feed.clone())),
-        tokio::spawn(services::watch_slices(client.clone(), config.node_name.clone(), feed.clone())),
-        tokio::spawn(services::publish_refusals(client, config.node_name.clone(), notices)),
-        tokio::spawn(async move {
-            let mut ticks = tokio::time::interval(limits::secs(limits::DATAPLANE_REPAIR_PERIOD_S));
-            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            ticks.tick().await;
-            while feed.send(Feed::Tick).await.is_ok() {
-                ticks.tick().await;
-            }
-        }),
-    ];
-    // Opening adopts and may load programs, applying writes maps: all of it blocks, so it has a thread of its own.
-    let worker = std::thread::Builder::new().name("dataplane".to_owned());
-    let (done, mut ended) = mpsc::channel(1);
-    let spawned = worker.spawn(move || {
-        let result = Driver::open(&config).map(|driver| drive(driver, inbox, &tell));
-        // Nobody listens any more when the agent is on its way out.
-        drop(done.blocking_send(result));
-    });
-    let result = match spawned {
-        Err(source) => Err(DataplaneError::Host { op: "start the data plane's thread", source }),
-        Ok(_) => tokio::select! {
-            result = ended.recv() => result.unwrap_or_else(|| Err(DataplaneError::Host {
-                op: "keep the data plane's thread",
-                source: std::io::Error::other("it panicked"),
-            })),
-            () = shutdown.cancelled() => Ok(()),
-        },
-    };
-    for watch in &watches {
-        watch.abort();
-    }
-    result
-}
-
-/// The thread's loop: everything that is waiting becomes one round. Ends when all senders are gone.
-fn drive(mut driver: Driver, mut inbox: mpsc::Receiver<Feed>, tell: &mpsc::Sender<Notice>) {
-    while let Some(first) = inbox.blocking_recv() {
-        let mut tick = false;
-        let mut take = |feed| match feed {
-            Feed::Event(event) => driver.planner.handle(event),
-            Feed::Tick => tick = true,
-        };
-        take(first);
-        for _ in 1..limits::DATAPLANE_EVENTS_QUEUED_MAX {
-            match inbox.try_recv() {
-                Ok(feed) => take(feed),
-                Err(_) => break,
-            }
-        }
-        let result = if tick { driver.tick() } else { driver.step() };
-        if let Err(error) = result {
-            tracing::error!(error = &error as &dyn std::error::Error, "service table; trying again");
-        }
-        for notice in driver.notices() {
-            let reasons: Vec<String> = notice.reasons.iter().map(ToString::to_string).collect();
-            tracing::warn!(service = %notice.service, reasons = ?reasons, "service is not wholly balanced");
-            if tell.try_send(notice).is_err() {
-                tracing::warn!("too many refused services to tell the API of each");
-            }
-        }
     }
 }

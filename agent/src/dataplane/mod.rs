@@ -3,27 +3,32 @@
 //!
 //! Restart, resync and first start are one path: open (adopting what is pinned), observe, diff, apply, attach.
 
+pub mod choice;
 mod driver;
 pub mod ebpf;
 mod ipvs;
 pub mod mirror;
 mod nftables;
+mod settings;
 mod stats;
 
 pub(crate) use driver::Notice;
 pub use driver::{Driver, Feed, run};
 pub use ebpf::{Lookup, ServiceRow, list, uninstall};
+pub use settings::{MapEntries, ServiceSettings};
 pub use stats::{DataplaneStats, StatsHandle};
 
 use crate::service::{Capacity, Changes, IpvsScheduler, Observed};
 use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// The ways to balance services.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// eBPF at the socket and at network devices.
     Ebpf,
@@ -53,7 +58,8 @@ impl Mode {
 }
 
 /// On which of the node's addresses NodePorts are reached (kube-proxy's `nodePortAddresses`).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum NodePortAddresses {
     /// On all that others can reach, and on loopback for programs of the node itself.
     #[default]
@@ -77,6 +83,12 @@ pub struct MapSizes {
     pub flows: u32,
     /// Clients with session affinity.
     pub affinity: u32,
+    /// Endpoints of services with session affinity.
+    pub members: u32,
+    /// Source ranges of all services.
+    pub ranges: u32,
+    /// Maglev tables, 32 KiB each; element 0 is nobody's.
+    pub maglevs: u32,
 }
 
 impl Default for MapSizes {
@@ -88,6 +100,9 @@ impl Default for MapSizes {
             backends: map::BACKENDS_MAX as u32,
             flows: map::FLOWS_MAX as u32,
             affinity: map::AFFINITY_MAX as u32,
+            members: map::MEMBERS_MAX as u32,
+            ranges: map::RANGES_MAX as u32,
+            maglevs: map::MAGLEV_MAX as u32,
         }
     }
 }
@@ -126,6 +141,9 @@ pub struct DataplaneConfig {
     pub ipvs_scheduler: IpvsScheduler,
     /// Entries of the eBPF maps.
     pub sizes: MapSizes,
+    /// Where the active mode is remembered, so that the next start can remove it when it chooses another; `None`
+    /// remembers nothing.
+    pub run_dir: Option<PathBuf>,
     /// Where the current figures are put for `/metrics`; keep a clone.
     pub stats: StatsHandle,
 }
@@ -147,6 +165,7 @@ impl Default for DataplaneConfig {
             xdp: false,
             ipvs_scheduler: IpvsScheduler::Rr,
             sizes: MapSizes::default(),
+            run_dir: None,
             stats: StatsHandle::default(),
         }
     }

@@ -29,6 +29,7 @@ use leases::{Lease, Leases, Netns, check_uid};
 use netlink::Connection;
 pub(crate) use netlink::has_clsact_filter;
 use node::Tables;
+pub(crate) use plan::NODE_LINK_PREFIX;
 use plan::{Conflict, Want, is_node_link, node_link_name};
 use reconcile::{Decision, OurLink};
 

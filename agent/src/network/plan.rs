@@ -13,7 +13,7 @@ use super::netlink::{Link, Mac};
 /// Name of a pod's link inside its namespace.
 pub(super) const POD_LINK: &str = "eth0";
 /// What the names of our links on the node start with; 12 hex digits follow.
-const NODE_LINK_PREFIX: &str = "shv";
+pub(crate) const NODE_LINK_PREFIX: &str = "shv";
 /// What the aliases of our links start with; the pod's uid follows.
 pub(super) const ALIAS_PREFIX: &str = "sheave pod ";
 /// A pod's gateways. Nobody has these addresses: a permanent neighbour leads to the node's end of the pair.

@@ -2,6 +2,7 @@
 //! object they came from is kept.
 
 use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -85,7 +86,8 @@ pub enum Scheduler {
 }
 
 /// The kernel's IPVS schedulers (net/netfilter/ipvs).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[expect(missing_docs, reason = "the kernel's names")]
 pub enum IpvsScheduler {
     Rr,
