@@ -170,7 +170,6 @@ pub fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneC
         node_port_range: config.node_port_range,
         pod_cidrs: config.pod_cidrs.clone(),
         stats: stats.clone(),
-        ..DataplaneConfig::default()
     }
 }
 
