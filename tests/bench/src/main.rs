@@ -15,13 +15,16 @@ mod load_client;
 mod pod_start;
 mod progress;
 mod report;
+mod rolling;
 mod soak_control;
 mod soak_node;
+mod soak_services;
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
+use sheave_agent::dataplane::Mode;
 
 #[derive(Debug, Parser)]
 #[command(name = "sheave-bench", about = "Benchmarks and soaks of the whole program")]
@@ -47,17 +50,26 @@ enum Command {
         /// How many [default: what the issue asks for]
         #[arg(long)]
         rounds: Option<usize>,
+        /// Which data plane, where the soak asks: ebpf, nftables or ipvs
+        #[arg(long, default_value = "ebpf")]
+        mode: String,
     },
     #[command(hide = true)]
     ConnectClient(connect_client::ConnectClient),
     #[command(hide = true)]
     LoadClient(load_client::LoadClient),
+    #[command(hide = true)]
+    RollingClient(rolling::RollingClient),
+    #[command(hide = true)]
+    SteadyClient(soak_services::SteadyClient),
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Soak {
     KillControl,
     KillNode,
+    KillServices,
+    Rolling,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -77,12 +89,20 @@ fn main() -> Result<()> {
             Bench::Footprint => footprint::run(json),
             Bench::PodStart => pod_start::run(json),
         },
-        Command::Soak { name, rounds } => match name {
+        Command::Soak { name, rounds, mode } => match name {
             Soak::KillControl => block_on(soak_control::run(rounds.unwrap_or(30))),
             Soak::KillNode => soak_node::run(rounds.unwrap_or(20)),
+            Soak::KillServices => soak_services::run(rounds.unwrap_or(200)),
+            Soak::Rolling => {
+                let mode = Mode::from_name(&mode)
+                    .with_context(|| format!("--mode {mode}: ebpf, nftables or ipvs"))?;
+                rolling::run(mode, rounds.unwrap_or(1))
+            }
         },
         Command::ConnectClient(client) => client.run(),
         Command::LoadClient(client) => client.run(),
+        Command::RollingClient(client) => client.run(),
+        Command::SteadyClient(client) => client.run(),
     }
 }
 
