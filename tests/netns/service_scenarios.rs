@@ -134,3 +134,8 @@ fn answered(answer: &Answer, may: &BTreeSet<Pod>, check: &Check) -> Result<Pod, 
 fn service_scenarios_ebpf() {
     isolated(module_path!(), "service_scenarios_ebpf", |cgroup| run(cgroup, Mode::Ebpf));
 }
+
+#[test]
+fn service_scenarios_nft() {
+    isolated(module_path!(), "service_scenarios_nft", |cgroup| run(cgroup, Mode::Nftables));
+}
