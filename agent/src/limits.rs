@@ -125,10 +125,15 @@ pub const ADDRESS_QUARANTINE_MS: u64 = 10_000;
 pub const BPF_BATCH_ELEMENTS: usize = 4096;
 /// Events waiting for the data plane; the watches wait when it is full. Also the most in one round.
 pub const DATAPLANE_EVENTS_QUEUED_MAX: usize = 4096;
+/// Bytes of an Event's note (events.k8s.io/v1).
+pub const EVENT_NOTE_BYTES_MAX: usize = 1024;
 /// Refused services waiting to be told to the API; more are only logged.
 pub const DATAPLANE_NOTICES_QUEUED_MAX: usize = 256;
-/// Rounds after one batch of events in which freed room lets refused services in.
-pub const DATAPLANE_ROUNDS_MAX: usize = 8;
+/// Services whose changes are made in one round, where the data plane can work in rounds: what bounds the memory that
+/// the first fill takes.
+pub const DATAPLANE_SERVICES_PER_ROUND_MAX: usize = 10_000;
+/// Rounds after one batch of events; in all but the first few, freed room lets refused services in.
+pub const DATAPLANE_ROUNDS_MAX: usize = 1024;
 /// How often links and node addresses are looked after.
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
 /// Longest pause between two tries of a watch.

@@ -5,7 +5,9 @@ pub mod client;
 pub mod events;
 pub mod lease;
 pub mod node;
+mod parse;
 pub mod pods;
 pub mod services;
+mod wire;
 
 pub use client::{ApiError, Client, chain};

@@ -51,7 +51,7 @@ impl Driver {
 
     /// Over any data plane.
     pub fn over(mut plane: Box<dyn Dataplane>, stats: StatsHandle) -> Result<Self, DataplaneError> {
-        let table = Table::adopt(plane.capacity(), &plane.observe()?);
+        let table = adopt(plane.as_mut())?;
         Ok(Self {
             plane,
             planner: Planner::new(table),
@@ -102,11 +102,10 @@ impl Driver {
 
     fn write(&mut self) -> Result<(), DataplaneError> {
         if self.unsure {
-            let observed: Observed = self.plane.observe()?;
-            self.planner.restart(Table::adopt(self.plane.capacity(), &observed));
+            self.planner.restart(adopt(self.plane.as_mut())?);
             self.unsure = false;
         }
-        // Room that one round frees may let a refused service in; each round only tries once.
+        // A round is so large at most, and the room that it frees may let a refused service in.
         for _ in 0..limits::DATAPLANE_ROUNDS_MAX {
             let changes = self.planner.flush();
             if !changes.is_empty() {
@@ -182,6 +181,11 @@ impl Driver {
     pub fn refused(&self) -> &BTreeMap<ObjectKey, Vec<Refusal>> {
         self.planner.refused()
     }
+}
+
+fn adopt(plane: &mut dyn Dataplane) -> Result<Table, DataplaneError> {
+    let observed: Observed = plane.observe()?;
+    Ok(Table::adopt(plane.capacity(), &observed).with_abilities(plane.abilities()))
 }
 
 fn entries(changes: &Changes) -> u64 {

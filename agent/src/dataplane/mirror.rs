@@ -161,7 +161,7 @@ mod tests {
                 frontends: vec![(key(), FrontendPolicy::default())],
                 backends: backends.iter().map(|n| at(*n)).collect(),
                 counts,
-                source_ranges: Vec::new(),
+                ..DesiredPort::default()
             };
             let mut changes = Changes::default();
             table.set(&"a/b".into(), &[wanted], &mut changes).expect("there is room");

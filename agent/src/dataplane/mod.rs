@@ -18,7 +18,7 @@ pub use ebpf::{Lookup, ServiceRow, list, uninstall};
 pub use settings::{MapEntries, ServiceSettings};
 pub use stats::{DataplaneStats, StatsHandle};
 
-use crate::service::{Capacity, Changes, IpvsScheduler, Observed};
+use crate::service::{Abilities, Capacity, Changes, IpvsScheduler, Observed};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -257,6 +257,10 @@ pub trait Dataplane: Send {
     fn mode(&self) -> Mode;
     /// What there is room for.
     fn capacity(&self) -> Capacity;
+    /// What it can do beside that.
+    fn abilities(&self) -> Abilities {
+        Abilities::ALL
+    }
     /// Reads all that the kernel holds.
     fn observe(&mut self) -> Result<Observed, DataplaneError>;
     /// Makes the changes, in the order of their fields. After an error the kernel may hold any part of them.

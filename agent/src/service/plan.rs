@@ -1,9 +1,10 @@
 //! What one service wants of the data plane. Invariant: the answer depends on the contents only, not on the order of
 //! slices or endpoints, so equal states give equal tables.
 
-use super::model::{Family, Proto, Readiness, Scheduler, Service, ServicePort, Slice};
+use super::model::{Family, Hint, Proto, Readiness, Scheduler, Service, ServicePort, Slice};
 use ipnetwork::IpNetwork;
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Facts about this node that the table depends on.
@@ -99,7 +100,7 @@ pub struct Counts {
 }
 
 /// One service port in one family: some frontends that share one ordered set of backends.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DesiredPort {
     /// Frontends, never empty.
     pub frontends: Vec<(FrontendKey, FrontendPolicy)>,
@@ -107,48 +108,132 @@ pub struct DesiredPort {
     pub backends: Vec<BackendAddr>,
     /// How many of each kind.
     pub counts: Counts,
+    /// Ready endpoints of other nodes that topology hints keep for others: in no run, but what is connected to them stays.
+    pub dormant: Vec<BackendAddr>,
     /// Where clients of frontends with [`FrontendPolicy::source_ranges`] must come from.
     pub source_ranges: Vec<IpNetwork>,
 }
 
-/// The ports that `service` wants, given its slices.
+/// The ports that `service` wants, given its slices: one for each of its ports in each family that it has a cluster IP of.
 pub fn desired<'a>(
     service: &Service,
     slices: impl Iterator<Item = &'a Slice> + Clone,
     node: &NodeFacts,
 ) -> Vec<DesiredPort> {
     let mut ports = Vec::with_capacity(service.ports.len() * service.cluster_ips.len());
+    let mut taken = Vec::new();
     for cluster_ip in &service.cluster_ips {
+        let family = Family::of(*cluster_ip);
         for port in &service.ports {
-            let (backends, counts) = backends(port, Family::of(*cluster_ip), slices.clone(), node);
-            let frontends = frontends(service, *cluster_ip, port);
-            ports.push(DesiredPort { frontends, backends, counts, source_ranges: Vec::new() });
+            let frontends = frontends(service, *cluster_ip, port, node, &mut taken);
+            if frontends.is_empty() {
+                continue;
+            }
+            let picked = backends(port, family, slices.clone(), node);
+            let source_ranges = match &service.extras {
+                Some(extras) => extras
+                    .source_ranges
+                    .iter()
+                    .filter(|r| Family::of(r.network()) == family)
+                    .copied()
+                    .collect(),
+                None => Vec::new(),
+            };
+            ports.push(DesiredPort {
+                frontends,
+                backends: picked.run,
+                counts: picked.counts,
+                dormant: picked.dormant,
+                source_ranges,
+            });
         }
     }
     ports
 }
 
+/// Endpoint addresses of this node that are ready, each once: what `healthCheckNodePort` answers with.
+pub fn local_ready<'a>(slices: impl Iterator<Item = &'a Slice>, node: &NodeFacts) -> usize {
+    let here = slices.flat_map(|slice| slice.endpoints.iter()).filter(|endpoint| {
+        endpoint.readiness == Readiness::Ready
+            && (endpoint.on_this_node || node.addresses.contains(&endpoint.addr))
+    });
+    here.map(|endpoint| endpoint.addr).collect::<BTreeSet<_>>().len()
+}
+
+/// The frontends of one port in one family. `taken` has those of the service so far: an address that is in two of its
+/// fields is what it was in the first.
 fn frontends(
     service: &Service,
     cluster_ip: IpAddr,
     port: &ServicePort,
+    node: &NodeFacts,
+    taken: &mut Vec<FrontendKey>,
 ) -> Vec<(FrontendKey, FrontendPolicy)> {
-    let internal = FrontendPolicy { internal_local: service.internal_local, ..FrontendPolicy::default() };
-    let mut frontends = Vec::with_capacity(2);
-    frontends.push((FrontendKey { addr: cluster_ip, port: port.port, proto: port.proto }, internal));
+    let family = Family::of(cluster_ip);
+    let extras = service.extras.as_deref();
+    let policy = |kind| {
+        let internal = kind == FrontendKind::ClusterIp;
+        FrontendPolicy {
+            kind,
+            internal_local: internal && service.internal_local,
+            external_local: !internal && service.external_local,
+            affinity_timeout_s: service.affinity_timeout_s,
+            source_ranges: kind == FrontendKind::LoadBalancer
+                && extras.is_some_and(|e| e.source_ranges.iter().any(|r| Family::of(r.network()) == family)),
+            dsr: !internal && extras.is_some_and(|e| e.dsr),
+            scheduler: extras.map_or(Scheduler::Default, |e| e.scheduler),
+        }
+    };
+    let mut frontends = Vec::with_capacity(if port.node_port == 0 { 1 } else { 2 });
+    let mut add = |addr: IpAddr, number, kind| {
+        let key = FrontendKey { addr, port: number, proto: port.proto };
+        // Looked up only where there may be two: services with one port and one address are most of them.
+        let many = extras.is_some() || service.ports.len() > 1;
+        if many && taken.contains(&key) {
+            return;
+        }
+        if many {
+            taken.push(key);
+        }
+        frontends.push((key, policy(kind)));
+    };
+    // A cluster IP that is this node's would take the node's own ports away.
+    if !node.addresses.contains(&cluster_ip) {
+        add(cluster_ip, port.port, FrontendKind::ClusterIp);
+    }
     if port.node_port != 0 {
-        let any: IpAddr = match Family::of(cluster_ip) {
+        let any: IpAddr = match family {
             Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
             Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
         };
-        let external = FrontendPolicy {
-            kind: FrontendKind::NodePort,
-            external_local: service.external_local,
-            ..FrontendPolicy::default()
-        };
-        frontends.push((FrontendKey { addr: any, port: port.node_port, proto: port.proto }, external));
+        add(any, port.node_port, FrontendKind::NodePort);
+    }
+    for (addrs, kind) in extras.into_iter().flat_map(|e| {
+        [(&e.ingress_ips, FrontendKind::LoadBalancer), (&e.external_ips, FrontendKind::ExternalIp)]
+    }) {
+        for addr in addrs.iter().filter(|addr| Family::of(**addr) == family) {
+            add(*addr, port.port, kind);
+        }
     }
     frontends
+}
+
+/// The endpoints behind one port.
+#[derive(Default)]
+struct Picked {
+    /// In the order of [`Counts`], each as often as it weighs.
+    run: Vec<BackendAddr>,
+    counts: Counts,
+    dormant: Vec<BackendAddr>,
+}
+
+/// What is said of one endpoint; the lesser of two claims is the better.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Claim {
+    readiness: Readiness,
+    remote: bool,
+    hint: Reverse<Hint>,
+    weight: Reverse<u8>,
 }
 
 fn backends<'a>(
@@ -156,129 +241,72 @@ fn backends<'a>(
     family: Family,
     slices: impl Iterator<Item = &'a Slice>,
     node: &NodeFacts,
-) -> (Vec<BackendAddr>, Counts) {
-    // An endpoint may be in two slices for a moment; the better claim wins.
-    let mut found: BTreeMap<BackendAddr, (Readiness, bool)> = BTreeMap::new();
+) -> Picked {
+    let mut found: Vec<(BackendAddr, Claim)> = Vec::new();
     for slice in slices {
         for at in slice.ports.iter().filter(|p| p.name == port.name && p.proto == port.proto) {
             for endpoint in slice.endpoints.iter().filter(|e| Family::of(e.addr) == family) {
-                let remote = !endpoint.on_this_node && !node.addresses.contains(&endpoint.addr);
-                let claim = (endpoint.readiness, remote);
-                let backend = BackendAddr { addr: endpoint.addr, port: at.port, proto: at.proto };
-                found.entry(backend).and_modify(|held| *held = claim.min(*held)).or_insert(claim);
+                let claim = Claim {
+                    readiness: endpoint.readiness,
+                    remote: !endpoint.on_this_node && !node.addresses.contains(&endpoint.addr),
+                    hint: Reverse(endpoint.hint),
+                    weight: Reverse(slice.weight.max(1)),
+                };
+                found.push((BackendAddr { addr: endpoint.addr, port: at.port, proto: at.proto }, claim));
             }
         }
     }
-    let mut ordered: Vec<_> = found.into_iter().collect();
-    ordered.sort_by_key(|(_, claim)| *claim);
-    let count = |wanted| ordered.iter().filter(|(_, claim)| *claim == wanted).count();
-    let counts = Counts {
-        local_ready: count((Readiness::Ready, false)),
-        remote_ready: count((Readiness::Ready, true)),
-        local_terminating: count((Readiness::Terminating, false)),
-        remote_terminating: count((Readiness::Terminating, true)),
-        local_only: 0,
-    };
-    (ordered.into_iter().map(|(backend, _)| backend).collect(), counts)
+    // An endpoint may be in two slices for a moment; the better claim wins.
+    found.sort_unstable();
+    found.dedup_by_key(|(backend, _)| *backend);
+    let wanted = wanted_hints(&found);
+    let excluded = |claim: &Claim| claim.readiness == Readiness::Ready && claim.hint.0 < wanted;
+    let mut picked = Picked::default();
+    found.retain(|(backend, claim)| {
+        let dormant = claim.remote && excluded(claim);
+        if dormant {
+            picked.dormant.push(*backend);
+        }
+        !dormant
+    });
+    found.sort_by_key(|(_, claim)| (claim.readiness, claim.remote, !excluded(claim)));
+    let share = weight_divisor(&found);
+    picked.run.reserve_exact(found.len());
+    for (backend, claim) in &found {
+        let times = (usize::from(claim.weight.0) / share).max(1);
+        picked.run.extend(std::iter::repeat_n(*backend, times));
+        let counts = &mut picked.counts;
+        *match (claim.readiness, claim.remote) {
+            (Readiness::Ready, false) => &mut counts.local_ready,
+            (Readiness::Ready, true) => &mut counts.remote_ready,
+            (Readiness::Terminating, false) => &mut counts.local_terminating,
+            (Readiness::Terminating, true) => &mut counts.remote_terminating,
+        } += times;
+        if !claim.remote && excluded(claim) {
+            counts.local_only += times;
+        }
+    }
+    picked
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::model::{Endpoint, Hint, SlicePort};
-    use super::*;
+/// The least hint that policy Cluster wants of ready endpoints. Hints count only when every ready endpoint has some and
+/// at least one of them names this node, or else its zone (KEP-2433, KEP-3015).
+fn wanted_hints(found: &[(BackendAddr, Claim)]) -> Hint {
+    let ready = || found.iter().filter(|(_, c)| c.readiness == Readiness::Ready).map(|(_, c)| c.hint.0);
+    let best = ready().max().unwrap_or_default();
+    if best <= Hint::Elsewhere || ready().any(|hint| hint == Hint::None) { Hint::None } else { best }
+}
 
-    fn ip(text: &str) -> IpAddr {
-        text.parse().unwrap()
-    }
+/// By what all weights are divided: what they have in common or, where the run would still be too long to be counted,
+/// as much as that takes.
+fn weight_divisor(found: &[(BackendAddr, Claim)]) -> usize {
+    let weights = || found.iter().map(|(_, claim)| usize::from(claim.weight.0));
+    let common = weights().fold(0, gcd).max(1);
+    let sum = |by: usize| weights().map(|weight| (weight / by).max(1)).sum::<usize>();
+    // More than 100 leaves every endpoint with one slot.
+    (common..=common.max(101)).step_by(common).find(|by| sum(*by) <= usize::from(u16::MAX)).unwrap_or(common)
+}
 
-    fn service() -> Service {
-        Service {
-            key: "default/web".into(),
-            cluster_ips: [ip("10.96.0.5"), ip("fd00:96::5")].into(),
-            ports: [
-                ServicePort { name: "http".into(), port: 80, node_port: 30080, proto: Proto::Tcp },
-                ServicePort { name: "dns".into(), port: 53, node_port: 0, proto: Proto::Udp },
-            ]
-            .into(),
-            internal_local: true,
-            ..Service::default()
-        }
-    }
-
-    fn slice(key: &str, endpoints: &[(&str, bool, Readiness)]) -> Slice {
-        Slice {
-            key: key.into(),
-            service: "default/web".into(),
-            ports: [SlicePort { name: "http".into(), port: 8080, proto: Proto::Tcp }].into(),
-            endpoints: endpoints
-                .iter()
-                .map(|(addr, on_this_node, readiness)| Endpoint {
-                    addr: ip(addr),
-                    on_this_node: *on_this_node,
-                    readiness: *readiness,
-                    hint: Hint::None,
-                })
-                .collect(),
-            weight: 1,
-            problems: Box::default(),
-        }
-    }
-
-    fn addresses(port: &DesiredPort) -> Vec<String> {
-        port.backends.iter().map(|b| b.addr.to_string()).collect()
-    }
-
-    #[test]
-    fn backends_are_ordered_by_readiness_then_place_and_come_once() {
-        use Readiness::{Ready, Terminating};
-        let slices = [
-            slice(
-                "a",
-                &[
-                    ("10.244.1.1", false, Ready),
-                    ("10.244.0.9", true, Terminating),
-                    ("10.244.0.3", true, Ready),
-                ],
-            ),
-            slice(
-                "b",
-                &[
-                    ("10.244.1.1", false, Terminating),
-                    ("192.0.2.1", false, Ready),
-                    ("fd00:244::1", true, Ready),
-                ],
-            ),
-        ];
-        let node = NodeFacts { addresses: vec![ip("192.0.2.1")] };
-        let ports = desired(&service(), slices.iter(), &node);
-        assert_eq!(ports.len(), 4);
-        assert_eq!(addresses(&ports[0]), ["10.244.0.3", "192.0.2.1", "10.244.1.1", "10.244.0.9"]);
-        let counts = Counts {
-            local_ready: 2,
-            remote_ready: 1,
-            local_terminating: 1,
-            remote_terminating: 0,
-            local_only: 0,
-        };
-        assert_eq!(ports[0].counts, counts);
-        assert!(ports[1].backends.is_empty(), "the slice has no port named dns");
-        assert_eq!(addresses(&ports[2]), ["fd00:244::1"]);
-        let reversed = desired(&service(), slices.iter().rev(), &node);
-        assert_eq!(ports, reversed);
-    }
-
-    #[test]
-    fn frontends_share_one_run_and_differ_in_policy() {
-        let ports = desired(&service(), [].iter(), &NodeFacts::default());
-        let keys: Vec<_> = ports[0].frontends.iter().map(|(k, _)| (k.addr.to_string(), k.port)).collect();
-        assert_eq!(keys, [("10.96.0.5".to_owned(), 80), ("0.0.0.0".to_owned(), 30080)]);
-        assert!(
-            ports[0].frontends[0].1.internal_local && ports[0].frontends[0].1.kind == FrontendKind::ClusterIp
-        );
-        assert!(
-            !ports[0].frontends[1].1.internal_local && ports[0].frontends[1].1.kind == FrontendKind::NodePort
-        );
-        assert_eq!(ports[2].frontends[1].0.addr, ip("::"));
-        assert_eq!(ports[1].frontends.len(), 1);
-    }
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -16,7 +16,7 @@ pub use probe::cgroup2_root;
 
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode};
 use crate::limits;
-use crate::service::{Capacity, Changes, FrontendEntry, FrontendKey, Observed};
+use crate::service::{Abilities, Capacity, Changes, FrontendEntry, FrontendKey, Observed};
 use aya::Ebpf;
 use link::{CGROUP_HOOKS, LINKS, Target};
 use map::Map;
@@ -205,6 +205,14 @@ impl Dataplane for EbpfDataplane {
             ranges: self.maps.ranges.max_entries(),
             // Element 0 is nobody's.
             maglevs: self.maps.maglev.max_entries().saturating_sub(1),
+        }
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities {
+            sctp: false,
+            ipvs_schedulers: false,
+            services_per_round: limits::DATAPLANE_SERVICES_PER_ROUND_MAX,
         }
     }
 
