@@ -56,6 +56,9 @@ pub(crate) enum Command {
     /// Import, list and remove container images of this node
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Measure the ways to balance services that this host has
+    #[command(subcommand)]
+    Load(crate::cmd::LoadCommand),
     /// Show this node, its pods and services in short
     Status(StatusFlags),
     /// Print the version

@@ -5,6 +5,7 @@ mod apply;
 mod control;
 mod down;
 mod image;
+mod load;
 mod raw;
 mod service;
 mod services;
@@ -18,6 +19,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use tokio_util::sync::CancellationToken;
+
+pub(crate) use load::LoadCommand;
 
 use crate::cli::{BaseFlags, Cli, Command, ImageCommand, PathFlags, ServiceCommand};
 use crate::config::File;
@@ -35,6 +38,7 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         }
         Command::Image(ImageCommand::List { base, output }) => image::list(&base, output),
         Command::Image(ImageCommand::Remove { base, name }) => image::remove(&base, &name),
+        Command::Load(command) => load::run(&command),
         Command::Status(flags) => status::run(&flags),
         Command::Version => version(),
         Command::Apply(flags) => apply::run(&flags),

@@ -8,6 +8,7 @@ mod image_hostile;
 mod image_import;
 mod kernel_basics;
 mod kubectl;
+mod load_services;
 mod network_pods;
 mod network_repair;
 mod pod_bed;

@@ -58,8 +58,8 @@ const PACKAGES: &[Packages] = &[
     },
     Packages {
         groups: &[Group::Demo, Group::Test],
-        why: "network namespaces and links",
-        names: &["iproute2"],
+        why: "network namespaces and links, and rules to compare with",
+        names: &["iproute2", "iptables"],
     },
     Packages {
         groups: &[Group::Test],

@@ -4,9 +4,10 @@ use super::Violation;
 
 /// The arrows of the house, by package: what it may link of ours. Suites (`tests/`) may link everything.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("sheave", &["sheave-agent", "sheave-control", "sheave-cni"]),
+    ("sheave", &["sheave-agent", "sheave-control", "sheave-cni", "sheave-load"]),
     ("sheave-agent", &["sheave-ebpf-abi", "sheave-ebpf-object", "sheave-cni"]),
     ("sheave-control", &[]),
+    ("sheave-load", &["sheave-agent"]),
     ("sheave-cni", &[]),
     ("sheave-ebpf-abi", &[]),
     ("sheave-ebpf-core", &["sheave-ebpf-abi"]),

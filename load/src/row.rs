@@ -1,0 +1,309 @@
+//! PURE: what came of a mode with a number of services. Invariant: a figure that was not taken is null, never zero.
+
+use crate::bed::From;
+use crate::options::{Backends, Way};
+use crate::stats::{Latencies, ratio};
+use crate::wire::Kind;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// What a connection goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Through {
+    /// No service.
+    Direct,
+    First,
+    Random,
+    Last,
+}
+
+impl Through {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::First => "first",
+            Self::Random => "random",
+            Self::Last => "last",
+        }
+    }
+}
+
+/// Where traffic started, of which kind it was, and what it went through.
+pub(crate) type Path = (From, Kind, Through);
+
+/// All that was measured in one bed.
+#[derive(Debug, Default)]
+pub(crate) struct Measured {
+    pub(crate) traffic: BTreeMap<Path, Latencies>,
+    /// Of short requests: until the answer was there.
+    pub(crate) answers: BTreeMap<Path, Latencies>,
+    pub(crate) open_s: Option<f64>,
+    pub(crate) program_s: Option<f64>,
+    pub(crate) updates: Option<Latencies>,
+    pub(crate) churned: Option<u64>,
+    pub(crate) rss_mb: Option<f64>,
+    pub(crate) rss_peak_mb: Option<f64>,
+    pub(crate) note: Option<String>,
+    /// The first failure in words.
+    pub(crate) failure: Option<String>,
+}
+
+impl Measured {
+    /// Latencies through all three services.
+    pub(crate) fn services(&self, from: From, kind: Kind) -> Latencies {
+        let mut all = Latencies::new();
+        for through in [Through::First, Through::Random, Through::Last] {
+            self.traffic.get(&(from, kind, through)).into_iter().for_each(|part| all.add(part));
+        }
+        all
+    }
+
+    pub(crate) fn direct(&self, from: From, kind: Kind) -> Latencies {
+        self.traffic.get(&(from, kind, Through::Direct)).cloned().unwrap_or_else(Latencies::new)
+    }
+
+    pub(crate) fn failed(&self) -> u64 {
+        self.traffic.values().map(Latencies::failed).sum()
+    }
+}
+
+/// One path of traffic.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Line {
+    pub(crate) from: &'static str,
+    pub(crate) kind: &'static str,
+    pub(crate) through: &'static str,
+    pub(crate) p50_us: Option<f64>,
+    pub(crate) p90_us: Option<f64>,
+    pub(crate) p99_us: Option<f64>,
+    pub(crate) max_us: Option<f64>,
+    /// p50 ÷ that of the same path without a service and with nothing loaded.
+    pub(crate) ratio_p50_to_direct: Option<f64>,
+    /// p50 until the answer to a short request was there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) answer_p50_us: Option<f64>,
+    /// What one client did a second.
+    pub(crate) per_second: Option<f64>,
+    pub(crate) samples: u64,
+    pub(crate) failed: u64,
+}
+
+/// A mode with a number of services: an object of the JSON output.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Row {
+    pub(crate) mode: &'static str,
+    pub(crate) services: u32,
+    pub(crate) endpoints: u32,
+    pub(crate) backends: &'static str,
+    /// From a pod through services: from making a socket until it is connected.
+    pub(crate) connect_p50_us: Option<f64>,
+    pub(crate) connect_p90_us: Option<f64>,
+    pub(crate) connect_p99_us: Option<f64>,
+    /// The same ÷ to a backend itself with nothing loaded, measured at the same time.
+    pub(crate) ratio_connect_p50_to_direct: Option<f64>,
+    pub(crate) ratio_connect_p99_to_direct: Option<f64>,
+    /// The same ÷ to a backend itself beside the loaded data plane.
+    pub(crate) ratio_connect_p50_to_direct_beside: Option<f64>,
+    /// To a backend itself beside the loaded data plane, and ÷ with nothing loaded.
+    pub(crate) direct_beside_p50_us: Option<f64>,
+    pub(crate) ratio_direct_beside_p50: Option<f64>,
+    /// From outside through NodePorts: connect, and until a first request is answered, ÷ to the backend itself.
+    pub(crate) ratio_node_port_connect_p50_to_direct: Option<f64>,
+    pub(crate) ratio_node_port_answer_p50_to_direct: Option<f64>,
+    /// Short requests a second of one client through the last service; the same ÷ to a backend itself.
+    pub(crate) cps: Option<f64>,
+    pub(crate) ratio_cps_to_direct: Option<f64>,
+    /// A request and its answer on a connection that is kept.
+    pub(crate) rtt_p50_us: Option<f64>,
+    pub(crate) udp_p50_us: Option<f64>,
+    /// From nothing until the kernel has all, opening the data plane included; the part that opening took.
+    pub(crate) program_s: Option<f64>,
+    pub(crate) open_s: Option<f64>,
+    /// One change of an endpoint until the kernel has it.
+    pub(crate) update_p50_ms: Option<f64>,
+    pub(crate) update_p99_ms: Option<f64>,
+    pub(crate) updates: Option<u64>,
+    /// Changes made while traffic was measured.
+    pub(crate) churned: Option<u64>,
+    pub(crate) failed: u64,
+    pub(crate) failure: Option<String>,
+    /// Of the process that programs (of iptables: the largest that it ran).
+    pub(crate) rss_mb: Option<f64>,
+    pub(crate) rss_peak_mb: Option<f64>,
+    pub(crate) note: Option<String>,
+    pub(crate) paths: Vec<Line>,
+}
+
+/// A mode that this host doesn't have, or not with so many services.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Absent {
+    pub(crate) mode: &'static str,
+    pub(crate) services: u32,
+    pub(crate) unavailable: String,
+}
+
+/// What a run has to say of a mode with a number of services.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub(crate) enum Entry {
+    Row(Box<Row>),
+    Absent(Absent),
+}
+
+fn line(path: &Path, all: &Latencies, answers: Option<&Latencies>, bare: &Measured) -> Line {
+    let (from, kind, through) = *path;
+    Line {
+        from: from.name(),
+        kind: kind.name(),
+        through: through.name(),
+        p50_us: all.us(0.5),
+        p90_us: all.us(0.9),
+        p99_us: all.us(0.99),
+        max_us: all.us(1.0),
+        ratio_p50_to_direct: ratio(all.us(0.5), bare.direct(from, kind).us(0.5)),
+        answer_p50_us: answers.and_then(|all| all.us(0.5)),
+        per_second: all.per_second(),
+        samples: all.len(),
+        failed: all.failed(),
+    }
+}
+
+fn answers(measured: &Measured, from: From, throughs: &[Through]) -> Option<f64> {
+    let mut all = Latencies::new();
+    for through in throughs {
+        measured.answers.get(&(from, Kind::Short, *through)).into_iter().for_each(|part| all.add(part));
+    }
+    all.us(0.5)
+}
+
+/// The row of `way`; `bare` is what was measured at the same time with nothing loaded.
+pub(crate) fn row(
+    way: Way,
+    (services, endpoints, backends): (u32, u32, Backends),
+    measured: &Measured,
+    bare: &Measured,
+) -> Row {
+    let is_direct = way == Way::Direct;
+    let through =
+        |from, kind| if is_direct { bare.direct(from, kind) } else { measured.services(from, kind) };
+    let connect = through(From::Pod, Kind::Connect);
+    let direct = bare.direct(From::Pod, Kind::Connect);
+    let beside = measured.direct(From::Pod, Kind::Connect);
+    let last = if is_direct { Through::Direct } else { Through::Last };
+    let cps = measured.traffic.get(&(From::Pod, Kind::Short, last)).and_then(Latencies::per_second);
+    let node_port = through(From::Outside, Kind::Connect).us(0.5);
+    let services_only = [Through::First, Through::Random, Through::Last];
+    let ms = |quantile| measured.updates.as_ref().and_then(|all| all.us(quantile)).map(|us| us / 1000.0);
+    Row {
+        mode: way.name(),
+        services,
+        endpoints,
+        backends: backends.name(),
+        connect_p50_us: connect.us(0.5),
+        connect_p90_us: connect.us(0.9),
+        connect_p99_us: connect.us(0.99),
+        ratio_connect_p50_to_direct: ratio(connect.us(0.5), direct.us(0.5)),
+        ratio_connect_p99_to_direct: ratio(connect.us(0.99), direct.us(0.99)),
+        ratio_connect_p50_to_direct_beside: ratio(connect.us(0.5), beside.us(0.5)),
+        direct_beside_p50_us: beside.us(0.5),
+        ratio_direct_beside_p50: ratio(beside.us(0.5), direct.us(0.5)),
+        ratio_node_port_connect_p50_to_direct: ratio(
+            node_port,
+            bare.direct(From::Outside, Kind::Connect).us(0.5),
+        ),
+        ratio_node_port_answer_p50_to_direct: ratio(
+            answers(measured, From::Outside, if is_direct { &[Through::Direct] } else { &services_only }),
+            answers(bare, From::Outside, &[Through::Direct]),
+        ),
+        cps,
+        ratio_cps_to_direct: ratio(cps, bare.direct(From::Pod, Kind::Short).per_second()),
+        rtt_p50_us: through(From::Pod, Kind::Keepalive).us(0.5),
+        udp_p50_us: through(From::Pod, Kind::Udp).us(0.5),
+        program_s: measured.program_s,
+        open_s: measured.open_s,
+        update_p50_ms: ms(0.5),
+        update_p99_ms: ms(0.99),
+        updates: measured.updates.as_ref().map(Latencies::len),
+        churned: measured.churned,
+        failed: measured.failed(),
+        failure: measured.failure.clone(),
+        rss_mb: measured.rss_mb,
+        rss_peak_mb: measured.rss_peak_mb,
+        note: measured.note.clone(),
+        paths: measured
+            .traffic
+            .iter()
+            .map(|(path, all)| line(path, all, measured.answers.get(path), bare))
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    fn took(us: u64) -> Latencies {
+        let mut all = Latencies::new();
+        (0..100).for_each(|_| all.record_ns(us * 1000));
+        all
+    }
+
+    /// A run in which a connect takes `direct` µs to a backend with nothing loaded, and `service` µs through services.
+    pub(crate) fn example(way: Way, services: u32, direct: u64, service: u64) -> Row {
+        let mut bare = Measured::default();
+        bare.traffic.insert((From::Pod, Kind::Connect, Through::Direct), took(direct));
+        bare.traffic.insert((From::Pod, Kind::Short, Through::Direct), took(2 * direct));
+        let mut measured = Measured { program_s: Some(0.25), ..Measured::default() };
+        for through in [Through::Direct, Through::First, Through::Random, Through::Last] {
+            let us = if through == Through::Direct { direct } else { service };
+            measured.traffic.insert((From::Pod, Kind::Connect, through), took(us));
+            measured.traffic.insert((From::Pod, Kind::Short, through), took(2 * us));
+        }
+        row(way, (services, 4, Backends::Unique), if way == Way::Direct { &bare } else { &measured }, &bare)
+    }
+
+    #[test]
+    fn ratios_are_to_nothing_loaded() {
+        let row = example(Way::Nftables, 10, 40, 44);
+        assert!((row.ratio_connect_p50_to_direct.unwrap() - 1.1).abs() < 0.01);
+        assert!((row.ratio_direct_beside_p50.unwrap() - 1.0).abs() < 0.01);
+        assert!((row.cps.unwrap() - 1e6 / 88.0).abs() < 30.0);
+        assert!((row.ratio_cps_to_direct.unwrap() - 1.0 / 1.1).abs() < 0.01);
+        assert_eq!((row.rtt_p50_us, row.update_p99_ms), (None, None));
+    }
+
+    #[test]
+    fn direct_is_its_own_measure() {
+        let row = example(Way::Direct, 10, 40, 44);
+        assert_eq!(row.ratio_connect_p50_to_direct, Some(1.0));
+        assert_eq!(row.ratio_cps_to_direct, Some(1.0));
+        assert_eq!(row.program_s, None);
+    }
+
+    #[test]
+    fn a_row_has_every_promised_key_and_an_absent_mode_its_reason() {
+        let value = serde_json::to_value(Entry::Row(Box::new(example(Way::Ebpf, 10, 40, 41)))).unwrap();
+        for key in [
+            "mode",
+            "services",
+            "endpoints",
+            "connect_p50_us",
+            "connect_p99_us",
+            "ratio_connect_p50_to_direct",
+            "ratio_connect_p99_to_direct",
+            "cps",
+            "rtt_p50_us",
+            "program_s",
+            "update_p99_ms",
+            "failed",
+            "rss_mb",
+        ] {
+            assert!(value.get(key).is_some(), "{key}");
+        }
+        let absent = Absent { mode: "ipvs", services: 10, unavailable: "no IPVS".to_owned() };
+        assert_eq!(
+            serde_json::to_value(Entry::Absent(absent)).unwrap(),
+            serde_json::json!({"mode": "ipvs", "services": 10, "unavailable": "no IPVS"})
+        );
+    }
+}
