@@ -3,7 +3,7 @@
 #[expect(unreachable_pub, reason = "shared with the core's tests, which use all of it")]
 #[path = "../../ebpf/core/src/golden.rs"]
 mod golden;
-mod nodeport;
+mod packets;
 #[expect(dead_code, reason = "shared with the netns suite, which uses all of it")]
 #[path = "../netns/service_world.rs"]
 mod service_world;

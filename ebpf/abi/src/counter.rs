@@ -43,21 +43,21 @@ counters! {
     SlotRetry = 7, "slot_retry", false;
     /// The reverse entry could not be stored; the call was refused because the program would see a stranger.
     ReverseFull = 8, "reverse_full", true;
-    /// A packet for a NodePort was sent to a pod of this node.
-    NodePortForward = 9, "node_port_forwarded", false;
-    /// A pod's answer left with the node's address and port.
-    NodePortReply = 10, "node_port_replied", false;
-    /// A packet for a NodePort whose service has no endpoints was left to the node, which refuses it.
-    NodePortNoEndpoints = 11, "node_port_no_endpoints", false;
-    /// A packet for a NodePort whose service has endpoints on other nodes only was dropped.
-    NodePortNoLocalEndpoints = 12, "node_port_no_local_endpoints", true;
+    /// A packet for a service was sent to a backend.
+    Forwarded = 9, "forwarded", false;
+    /// A backend's answer got the service's address and port.
+    Replied = 10, "replied", false;
+    /// A packet for a service without endpoints was answered with a refusal.
+    Rejected = 11, "rejected_no_endpoints", true;
+    /// A packet for a service that may use endpoints of this node only, and has none here, was dropped.
+    NoLocalEndpoints = 12, "no_local_endpoints", true;
     /// A flow entry could not be stored.
     FlowFull = 13, "flow_full", true;
-    /// All tried backends already talk to the same client address and port through another NodePort.
+    /// All tried backends already talk to the same client address and port through another address of a service.
     FlowCollision = 14, "flow_collision", true;
     /// A packet's headers were cut short or malformed; it was left to the stack.
     BadHeader = 15, "bad_header", false;
-    /// A fragment was seen where ports are needed; it was left to the stack.
+    /// A fragment came before the first one of its packet, which tells the ports; it was left to the stack.
     Fragment = 16, "fragment", false;
     /// A rewrite failed half way, so the packet was dropped.
     RewriteFailed = 17, "rewrite_failed", true;
@@ -69,4 +69,24 @@ counters! {
     AffinityFull = 20, "affinity_full", false;
     /// An answer came through a service that is gone meanwhile; its sender was shown as it is.
     RecvmsgStale = 21, "recvmsg_stale", false;
+    /// A new connection, or the first datagram of a flow, was given a backend.
+    Opened = 30, "flow_opened", false;
+    /// The client's address is in none of the service's source ranges.
+    SourceRefused = 31, "source_range_refused", true;
+    /// The node has no address of the family that a packet must be masqueraded with.
+    NoNodeAddress = 32, "no_node_address", true;
+    /// All tried ports for masquerading are in use towards the backend.
+    PortsExhausted = 33, "snat_ports_exhausted", true;
+    /// There is no route to the backend or back to the client, or this node forwards nothing.
+    NoRoute = 34, "no_route", true;
+    /// A translated packet is larger than its way allows; the sender was told.
+    TooBig = 35, "packet_too_big", true;
+    /// A packet's last hop was this one; the sender was told.
+    Expired = 36, "hop_limit_expired", true;
+    /// An ICMP error about a translated packet was translated.
+    IcmpTranslated = 37, "icmp_error_translated", false;
+    /// A refusal could not be made out of a packet, so it was dropped silently.
+    AnswerFailed = 38, "answer_failed", true;
+    /// A program that a packet continues in is missing; the packet was dropped.
+    CallMissing = 39, "program_missing", true;
 }

@@ -1,5 +1,5 @@
-//! What remembers a translation: per socket, and per NodePort flow. Invariant: a forward flow and its reply flow
-//! carry each other's full tuple, so either can be rebuilt or judged from the other.
+//! What remembers a translation: per socket, and per connection through a device. Invariant: the two entries of a
+//! connection carry each other's full tuple, so either can be rebuilt or judged from the other.
 
 use crate::Address;
 use crate::layout::plain;
@@ -50,16 +50,9 @@ plain! {
     }
 }
 
-/// Values of [`FlowKey::direction`].
-pub mod flow_direction {
-    /// Client to node: the key is the packet as it arrived.
-    pub const FORWARD: u8 = 0;
-    /// Pod to client: the key is the packet as the pod sent it.
-    pub const REPLY: u8 = 1;
-}
-
 plain! {
-    /// Key of the NodePort flow map: a packet's tuple as seen before it is rewritten.
+    /// Key of the connection table: a packet's tuple as it is seen before it is rewritten, whichever way it goes. Both
+    /// directions of a connection share one key space, so that no tuple can ever mean two things.
     pub struct FlowKey = 40 {
         /// Source address.
         pub src: Address,
@@ -71,30 +64,108 @@ plain! {
         pub dport: u16,
         /// IP protocol number.
         pub proto: u8,
-        /// One of [`flow_direction`].
-        pub direction: u8,
+        /// Zero.
+        pub pad: [u8; 3],
+    }
+}
+
+/// Bits of [`Flow::flags`].
+pub mod flow_flag {
+    /// The entry is for packets of the backend; without the bit for those of the client.
+    pub const REPLY: u16 = 1 << 0;
+    /// The client is masqueraded: the backend answers this node. Without it the backend answers the client.
+    pub const SNAT: u16 = 1 << 1;
+    /// The backend has answered.
+    pub const REPLIED: u16 = 1 << 2;
+    /// The client sent FIN.
+    pub const FIN_CLIENT: u16 = 1 << 3;
+    /// The backend sent FIN.
+    pub const FIN_BACKEND: u16 = 1 << 4;
+    /// One of both sent RST.
+    pub const RESET: u16 = 1 << 5;
+    /// The bits that say how far the connection is, which both of its entries carry.
+    pub const STATE: u16 = REPLIED | FIN_CLIENT | FIN_BACKEND | RESET;
+}
+
+plain! {
+    /// Value of the connection table: what the packet's tuple becomes. The other direction's key is this tuple turned
+    /// around, and its value is this key turned around.
+    pub struct Flow = 52 {
+        /// New source address.
+        pub src: Address,
+        /// New destination address.
+        pub dst: Address,
+        /// New source port, network order.
+        pub sport: u16,
+        /// New destination port, network order.
+        pub dport: u16,
+        /// Backend id of the connection.
+        pub backend: u32,
+        /// Service id of the connection.
+        pub service: u32,
+        /// When a packet was last seen, in seconds of the kernel's monotonic clock.
+        pub seen_s: u32,
+        /// Bits of [`flow_flag`].
+        pub flags: u16,
         /// Zero.
         pub pad: u16,
     }
 }
 
-/// Bit of [`Flow::flags`]: a FIN or RST was seen, so the tuple may be taken over.
-pub const FLOW_CLOSING: u16 = 1;
+/// Seconds without a packet after which an entry counts as gone. An LRU map needs nobody to take it out.
+pub mod flow_timeout_s {
+    /// TCP until the backend has answered.
+    pub const TCP_OPENING: u32 = 60;
+    /// TCP afterwards.
+    pub const TCP_ESTABLISHED: u32 = 8_000;
+    /// TCP after both FINs, or a RST.
+    pub const TCP_CLOSING: u32 = 10;
+    /// Everything else until the backend has answered.
+    pub const DATAGRAM: u32 = 60;
+    /// Everything else afterwards.
+    pub const DATAGRAM_REPLIED: u32 = 180;
+}
 
 plain! {
-    /// Value of the NodePort flow map: what the packet's destination (forward) or source (reply) is rewritten to.
-    pub struct Flow = 32 {
-        /// New address.
-        pub addr: Address,
-        /// New port, network order.
-        pub port: u16,
-        /// Bits: [`FLOW_CLOSING`].
-        pub flags: u16,
-        /// Backend id of the flow.
-        pub backend: u32,
-        /// Service id of the flow.
-        pub service: u32,
-        /// When a packet was last seen, in seconds of the kernel's monotonic clock.
-        pub seen_s: u32,
+    /// Key of the fragments map: what the fragments of one packet have in common (RFC 791, RFC 8200 section 4.5).
+    pub struct FragmentKey = 40 {
+        /// Source address.
+        pub src: Address,
+        /// Destination address.
+        pub dst: Address,
+        /// Identification as it lies in the packet; IPv4's in the low half.
+        pub id: u32,
+        /// IP protocol number; 0 for IPv6, whose later fragments may not tell.
+        pub proto: u8,
+        /// Zero.
+        pub pad: [u8; 3],
     }
+}
+
+plain! {
+    /// Value of the fragments map: what only the first fragment tells.
+    pub struct Fragment = 8 {
+        /// Source port, network order.
+        pub sport: u16,
+        /// Destination port, network order.
+        pub dport: u16,
+        /// IP protocol number.
+        pub proto: u32,
+    }
+}
+
+/// Places in the map of programs that the traffic control programs continue in.
+pub mod call {
+    /// Finds a backend for a packet that belongs to no known flow.
+    pub const OPEN: u32 = 0;
+    /// Begins anew with a packet from outside.
+    pub const INGRESS: u32 = 1;
+    /// Begins anew with a packet from a pod.
+    pub const POD_INGRESS: u32 = 2;
+    /// Translates an ICMP error.
+    pub const ICMP: u32 = 3;
+    /// Turns a packet into the answer that refuses it.
+    pub const ANSWER: u32 = 4;
+    /// How many there are, and room for more.
+    pub const COUNT: usize = 8;
 }

@@ -20,7 +20,10 @@ pub use address::{Address, MAPPED_WORD};
 pub use config::{Config, config_flag, node_addr_flag};
 pub use counter::{COUNTERS, Counter};
 pub use event::{Event, event_hook, event_kind};
-pub use flow::{FLOW_CLOSING, Flow, FlowKey, ReverseEntry, ReverseKey, ReverseValue, flow_direction};
+pub use flow::{
+    Flow, FlowKey, Fragment, FragmentKey, ReverseEntry, ReverseKey, ReverseValue, call, flow_flag,
+    flow_timeout_s,
+};
 pub use layout::Plain;
 pub use service::{
     Affinity, AffinityKey, Backend, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable,

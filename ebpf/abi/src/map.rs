@@ -15,6 +15,10 @@ pub const REVERSE_SK: &str = "shv_reverse_sk";
 pub const REVERSE_LRU: &str = "shv_reverse";
 /// LRU [`crate::FlowKey`] → [`crate::Flow`].
 pub const FLOWS: &str = "shv_flows";
+/// LRU [`crate::FragmentKey`] → [`crate::Fragment`].
+pub const FRAGMENTS: &str = "shv_fragments";
+/// Programs that the traffic control programs continue in, by [`crate::call`].
+pub const CALLS: &str = "shv_calls";
 /// Addresses of this node: [`crate::Address`] → bits of [`crate::node_addr_flag`] (u32).
 pub const NODE_ADDRS: &str = "shv_node_addrs";
 /// Array of one [`crate::Config`].
@@ -41,6 +45,8 @@ pub const ALL: &[&str] = &[
     REVERSE_SK,
     REVERSE_LRU,
     FLOWS,
+    FRAGMENTS,
+    CALLS,
     NODE_ADDRS,
     CONFIG,
     COUNTERS,
@@ -59,7 +65,9 @@ pub const SLOTS_MAX: usize = 524_288;
 pub const BACKENDS_MAX: usize = 262_144;
 /// Reverse entries outside socket storage.
 pub const REVERSE_MAX: usize = 32_768;
-/// NodePort flows, two entries a flow.
+/// Fragmented packets whose ports are known.
+pub const FRAGMENTS_MAX: usize = 8_192;
+/// Connections through devices, two entries each.
 pub const FLOWS_MAX: usize = 65_536;
 /// Addresses of one node.
 pub const NODE_ADDRS_MAX: usize = 1_024;

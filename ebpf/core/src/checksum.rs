@@ -21,6 +21,13 @@ pub fn diff16(old: u16, new: u16) -> u32 {
     u32::from(!old) + u32::from(new)
 }
 
+/// The sum of two differences.
+#[inline(always)]
+pub fn add(a: u32, b: u32) -> u32 {
+    let sum = u64::from(a) + u64::from(b);
+    ((sum & 0xffff_ffff) + (sum >> 32)) as u32
+}
+
 /// Folds a 32-bit ones' complement sum to 16 bits.
 #[inline(always)]
 pub fn fold(sum: u32) -> u16 {

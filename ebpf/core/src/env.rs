@@ -2,8 +2,8 @@
 //! decides nothing.
 
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Flow, FlowKey, Frontend, Frontend4Key,
-    Frontend6Key, MemberKey, ReverseEntry, ReverseKey, ReverseValue, Slot, node_addr_flag,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend,
+    Frontend4Key, Frontend6Key, MemberKey, ReverseEntry, ReverseKey, ReverseValue, Slot, node_addr_flag,
 };
 
 /// The service table as a program reads it. Every getter returns a copy that was read once.
@@ -57,29 +57,114 @@ pub trait Socket {
     fn set_reverse(&self, key: &ReverseKey, value: &ReverseValue) -> bool;
 }
 
-/// The NodePort flow table.
+/// What became of an insertion that must not replace anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// The entry is in the table now.
+    Stored,
+    /// There is an entry with this key already.
+    Taken,
+    /// The kernel refused.
+    Refused,
+}
+
+/// The connection table.
 pub trait Flows {
-    /// Looks a flow up and leaves it as it is.
+    /// Looks an entry up and leaves it as it is.
     fn flow(&self, key: &FlowKey) -> Option<Flow>;
-    /// Looks a flow up and, when there is one, notes that it was seen `now_s` and, with `closing`, that it ends.
-    fn seen(&self, key: &FlowKey, now_s: u32, closing: bool) -> Option<Flow>;
-    /// Writes a flow; false when the kernel refused.
-    fn put(&self, key: &FlowKey, flow: &Flow) -> bool;
+    /// Notes in an entry that it was seen `now_s` and that `state` (bits of [`sheave_ebpf_abi::flow_flag::STATE`]) holds
+    /// too; gives it as it was before, `None` when there is none.
+    fn touch(&self, key: &FlowKey, now_s: u32, state: u16) -> Option<Flow>;
+    /// Stores an entry unless there is one with its key: of two that try at once, one is told so.
+    fn claim(&self, key: &FlowKey, flow: &Flow) -> Claim;
+    /// Stores an entry in the place of the one that is there; false when the kernel refused.
+    fn replace(&self, key: &FlowKey, flow: &Flow) -> bool;
+    /// Removes an entry, if there is one.
+    fn remove(&self, key: &FlowKey);
+    /// Ports of a fragmented packet.
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment>;
+    /// Remembers the ports of a fragmented packet.
+    fn set_fragment(&self, key: &FragmentKey, fragment: &Fragment);
     /// Seconds of the kernel's monotonic clock.
     fn now_s(&self) -> u32;
+}
+
+/// A question to the node's routing table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Journey {
+    /// Source address as it will be on the way.
+    pub src: Address,
+    /// Destination address as it will be.
+    pub dst: Address,
+    /// Source port, network order, for multipath.
+    pub sport: u16,
+    /// Destination port, network order.
+    pub dport: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Whether the packet is IPv6.
+    pub v6: bool,
+    /// Bytes of the largest IP packet that it will be on the wire.
+    pub len: u32,
+}
+
+/// Where a packet goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Index of the device.
+    pub device: u32,
+    /// The neighbour to hand it to: a router or the destination itself; of either family.
+    pub next_hop: Address,
+    /// The neighbour's and the device's link-layer addresses, as they lie in a frame.
+    pub link: [u8; 12],
+    /// Whether the kernel knew them.
+    pub has_link: bool,
+}
+
+/// The answer of the routing table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// There.
+    To(Route),
+    /// Nowhere in one piece: this is the largest IP packet in bytes.
+    TooBig(u32),
+    /// Nowhere.
+    None,
+}
+
+/// The node that a packet came to.
+pub trait Node {
+    /// Whether `client` is in one of the service's source ranges.
+    fn in_source_range(&self, service: u32, client: &Address) -> bool;
+    /// Whether a socket of this node would take packets with this tuple.
+    fn has_socket(&self, key: &FlowKey) -> bool;
+    /// Asks the routing table.
+    fn route(&self, journey: &Journey) -> Way;
+    /// 32 random bits.
+    fn random(&self) -> u32;
 }
 
 /// A packet whose bytes are read and written at offsets from its first byte.
 pub trait Packet {
     /// EtherType in host order, as the device reported it (without VLAN tags).
     fn ether_type(&self) -> u16;
+    /// Whether the device took a VLAN tag off it: such a packet is its VLAN device's.
+    fn is_tagged(&self) -> bool;
+    /// Bytes in all.
+    fn size(&self) -> u32;
+    /// Bytes of payload in each packet that this buffer will be on the wire; 0 when it will be one packet.
+    fn segment_len(&self) -> u32;
     /// `N` bytes at `offset`; `None` past the end.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
     /// Writes bytes. `sums` tells that no other write of this rewrite makes up for the change in the packet's sum.
     fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], sums: bool) -> bool;
     /// Corrects the IPv4 header checksum at `offset` by `diff` (see [`crate::checksum`]).
     fn fix_l3(&mut self, offset: u32, diff: u32) -> bool;
-    /// Corrects the TCP or UDP checksum at `offset` by `diff`. `pseudo`: the change is in the pseudo header.
+    /// Corrects the TCP, UDP or ICMP checksum at `offset` by `diff`. `pseudo`: the change is in the pseudo header.
     /// `zero_is_none`: a checksum of zero means that there is none (UDP), and must not come out of a correction.
     fn fix_l4(&mut self, offset: u32, diff: u32, pseudo: bool, zero_is_none: bool) -> bool;
+    /// Cuts the packet to `len` bytes; no answer depends on it where the kernel can't.
+    fn cut(&mut self, len: u32);
+    /// Makes room for `len` bytes of unknown content between the Ethernet and the IP header.
+    fn insert(&mut self, len: u32) -> bool;
 }

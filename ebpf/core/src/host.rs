@@ -1,16 +1,18 @@
 //! A pretended kernel for the tests. Invariant: it behaves as the maps and helpers do, including the recycled
 //! elements that a reader may meet.
 
-use crate::env::{Flows, Packet, Socket, Table};
-use crate::golden::{self, Frame, Hook, L4, PLACES};
+use crate::env::{Socket, Table};
+use crate::golden;
 use crate::resolve::{Destination, Resolution, resolve};
 use crate::reverse::{self, Remembered};
-use crate::{checksum, nodeport, select};
+use crate::select;
 use sheave_ebpf_abi::*;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::vec::Vec;
+
+mod packets;
 
 #[derive(Default)]
 struct Kernel {
@@ -22,6 +24,10 @@ struct Kernel {
     node: Vec<Address>,
     counters: RefCell<HashMap<Counter, u64>>,
     flows: RefCell<HashMap<FlowKey, Flow>>,
+    fragments: RefCell<HashMap<FragmentKey, Fragment>>,
+    sockets: Vec<FlowKey>,
+    config_flags: Cell<u32>,
+    ranges: Vec<(u32, Address, u32)>,
     stored: RefCell<Option<ReverseEntry>>,
     lru: RefCell<HashMap<ReverseKey, ReverseValue>>,
     now_s: Cell<u32>,
@@ -114,6 +120,13 @@ impl Table for Kernel {
             node_netns_cookie: 1,
             node_port_min: 30_000,
             node_port_max: 32_767,
+            flags: self.config_flags.get(),
+            node4: address(golden::PLACES[0].node),
+            node6: address(golden::PLACES[1].node),
+            snat_port_min: 61_000,
+            snat_port_max: 61_003,
+            snat_more_min: 10_000,
+            snat_more_max: 10_001,
             ..Config::zeroed()
         })
     }
@@ -145,186 +158,6 @@ impl Socket for Kernel {
         self.lru.borrow_mut().insert(*key, *value);
         true
     }
-}
-
-impl Flows for Kernel {
-    fn flow(&self, key: &FlowKey) -> Option<Flow> {
-        self.flows.borrow().get(key).copied()
-    }
-    fn seen(&self, key: &FlowKey, now_s: u32, closing: bool) -> Option<Flow> {
-        let mut flows = self.flows.borrow_mut();
-        let flow = flows.get_mut(key)?;
-        let before = *flow;
-        flow.seen_s = now_s;
-        flow.flags |= if closing { FLOW_CLOSING } else { 0 };
-        Some(before)
-    }
-    fn put(&self, key: &FlowKey, flow: &Flow) -> bool {
-        self.flows.borrow_mut().insert(*key, *flow);
-        true
-    }
-    fn now_s(&self) -> u32 {
-        self.now_s.get()
-    }
-}
-
-struct Bytes(Vec<u8>);
-
-impl Bytes {
-    fn check(&mut self, offset: u32, f: impl FnOnce(u16) -> u16) -> bool {
-        let Some([a, b]) = self.load::<2>(offset) else { return false };
-        self.store::<2>(offset, f(u16::from_ne_bytes([a, b])).to_ne_bytes(), false)
-    }
-}
-
-impl Packet for Bytes {
-    fn ether_type(&self) -> u16 {
-        u16::from_be_bytes([self.0[12], self.0[13]])
-    }
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        self.0.get(offset as usize..offset as usize + N)?.try_into().ok()
-    }
-    fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], _: bool) -> bool {
-        match self.0.get_mut(offset as usize..offset as usize + N) {
-            Some(place) => {
-                place.copy_from_slice(&bytes);
-                true
-            }
-            None => false,
-        }
-    }
-    fn fix_l3(&mut self, offset: u32, diff: u32) -> bool {
-        self.check(offset, |old| checksum::apply(old, diff))
-    }
-    fn fix_l4(&mut self, offset: u32, diff: u32, _: bool, zero_is_none: bool) -> bool {
-        self.check(offset, |old| match (old, zero_is_none) {
-            (0, true) => 0,
-            (old, zero_is_none) => match checksum::apply(old, diff) {
-                0 if zero_is_none => 0xffff,
-                new => new,
-            },
-        })
-    }
-}
-
-fn golden_kernel() -> Kernel {
-    let mut kernel = Kernel::default();
-    for (n, place) in PLACES.iter().enumerate() {
-        kernel.node.push(address(place.node));
-        let any = if n == 0 { "0.0.0.0" } else { "::" };
-        let id = 10 * (n as u32 + 1);
-        for (offset, proto) in [(0, PROTO_TCP), (5, PROTO_UDP)] {
-            let id = id + offset;
-            let flags = frontend_flag::NODE_PORT;
-            kernel.add(id, &[(any, golden::PORT_LOCAL)], proto, flags, &[(place.pod, true)]);
-            kernel.add(id + 1, &[(any, golden::PORT_SAME_POD)], proto, flags, &[(place.pod, true)]);
-            kernel.add(id + 2, &[(any, golden::PORT_REMOTE)], proto, flags, &[(place.pod, false)]);
-            kernel.add(id + 3, &[(any, golden::PORT_EMPTY)], proto, flags, &[]);
-        }
-    }
-    kernel
-}
-
-#[test]
-fn golden_conversations() {
-    let kernel = golden_kernel();
-    for place in &PLACES {
-        for step in golden::conversation(place) {
-            let mut packet = Bytes(step.input.clone());
-            let verdict = match step.hook {
-                Hook::Ingress => nodeport::ingress(&mut packet, &kernel),
-                Hook::Egress => nodeport::egress(&mut packet, &kernel),
-            };
-            match step.output {
-                Some(expected) => {
-                    assert_eq!(verdict, nodeport::Verdict::Pass, "{}", step.name);
-                    assert_eq!(packet.0, expected, "{}", step.name);
-                }
-                None => assert_eq!(verdict, nodeport::Verdict::Drop, "{}", step.name),
-            }
-        }
-    }
-    assert_eq!(kernel.counted(Counter::NodePortNoLocalEndpoints), 2);
-    assert_eq!(kernel.counted(Counter::NodePortNoEndpoints), 2);
-    assert_eq!(kernel.counted(Counter::FlowCollision), 2);
-    assert_eq!(kernel.counted(Counter::Fragment), 1);
-    assert_eq!(kernel.counted(Counter::RewriteFailed), 0);
-}
-
-#[test]
-fn truncated_frames_never_panic_and_pass_unchanged() {
-    let kernel = golden_kernel();
-    for place in &PLACES {
-        for options in 0..4 {
-            let frame =
-                Frame { options, ..Frame::new((place.client, 5), (place.node, 30080), L4::Tcp(golden::SYN)) };
-            let bytes = frame.bytes();
-            let l4_len = bytes.len() - 23;
-            // Up to the TCP flags; what follows is payload and checksum to be fixed or a failed rewrite.
-            for cut in 14..l4_len - 6 {
-                let mut packet = Bytes(bytes[..cut].to_vec());
-                assert_eq!(nodeport::ingress(&mut packet, &kernel), nodeport::Verdict::Pass, "{cut}");
-                assert_eq!(packet.0, bytes[..cut]);
-            }
-        }
-    }
-}
-
-proptest::proptest! {
-    #[test]
-    fn junk_never_panics(mut junk in proptest::collection::vec(proptest::prelude::any::<u8>(), 14..120), v6: bool) {
-        let kernel = golden_kernel();
-        junk[12..14].copy_from_slice(if v6 { &[0x86, 0xdd] } else { &[0x08, 0x00] });
-        nodeport::ingress(&mut Bytes(junk.clone()), &kernel);
-        nodeport::egress(&mut Bytes(junk), &kernel);
-    }
-}
-
-#[test]
-fn a_flow_outlives_its_backend_until_it_is_opened_anew() {
-    let mut kernel = golden_kernel();
-    let p = &PLACES[0];
-    let send = |kernel: &Kernel, flags| {
-        let mut packet = Bytes(Frame::new((p.client, 7), (p.node, 30080), L4::Tcp(flags)).bytes());
-        assert_eq!(nodeport::ingress(&mut packet, kernel), nodeport::Verdict::Pass);
-        packet.load::<4>(30).unwrap()
-    };
-    assert_eq!(send(&kernel, golden::SYN), [10, 244, 0, 5]);
-    let old = kernel.slots[0].backend;
-    kernel.backends.remove(&old);
-    kernel.backends.insert(
-        99,
-        Backend { addr: address("10.244.0.9"), id: 99, port: 8080_u16.to_be(), proto: PROTO_TCP, flags: 0 },
-    );
-    kernel.slots[0].backend = 99;
-    assert_eq!(send(&kernel, golden::ACK), [10, 244, 0, 5]);
-    assert_eq!(send(&kernel, golden::SYN), [10, 244, 0, 9]);
-}
-
-#[test]
-fn an_evicted_reply_entry_comes_back_with_the_next_packet() {
-    let kernel = golden_kernel();
-    let p = &PLACES[0];
-    let there = Frame::new((p.client, 7), (p.node, 30080), L4::Tcp(golden::ACK)).bytes();
-    nodeport::ingress(&mut Bytes(there.clone()), &kernel);
-    kernel.flows.borrow_mut().retain(|k, _| k.direction == flow_direction::FORWARD);
-    nodeport::ingress(&mut Bytes(there), &kernel);
-    let mut answer = Bytes(Frame::new((p.pod, 8080), (p.client, 7), L4::Tcp(golden::ACK)).bytes());
-    nodeport::egress(&mut answer, &kernel);
-    assert_eq!(answer.0, Frame::new((p.node, 30080), (p.client, 7), L4::Tcp(golden::ACK)).bytes());
-}
-
-#[test]
-fn an_idle_tuple_is_taken_over() {
-    let kernel = golden_kernel();
-    let p = &PLACES[0];
-    let udp = |port| Frame::new((p.client, 9), (p.node, port), L4::Udp).bytes();
-    kernel.now_s.set(1000);
-    assert_eq!(nodeport::ingress(&mut Bytes(udp(30080)), &kernel), nodeport::Verdict::Pass);
-    kernel.now_s.set(1000 + nodeport::TAKE_OVER_IDLE_S - 1);
-    assert_eq!(nodeport::ingress(&mut Bytes(udp(30082)), &kernel), nodeport::Verdict::Drop);
-    kernel.now_s.set(1000 + nodeport::TAKE_OVER_IDLE_S);
-    assert_eq!(nodeport::ingress(&mut Bytes(udp(30082)), &kernel), nodeport::Verdict::Pass);
 }
 
 fn balanced() -> Kernel {

@@ -4,9 +4,12 @@
 //! Everything is `#[inline(always)]`: the kernel's verifier wants one flat program a hook.
 #![no_std]
 
+pub mod answer;
+pub mod balance;
 pub mod checksum;
 pub mod env;
-pub mod nodeport;
+pub mod flow;
+pub mod icmp;
 pub mod packet;
 pub mod resolve;
 pub mod reverse;

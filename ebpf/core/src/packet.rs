@@ -1,9 +1,9 @@
 //! From bytes to a tuple, and changed addresses back into bytes. Invariant: nothing is read past what a bounds check
-//! has covered, and a rewrite keeps every checksum right.
+//! has covered, and a rewrite corrects checksums by the difference: right ones stay right, wrong ones wrong.
 
 use crate::checksum;
 use crate::env::Packet;
-use sheave_ebpf_abi::{Address, PROTO_TCP, PROTO_UDP};
+use sheave_ebpf_abi::{Address, FlowKey, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP};
 
 /// EtherType of IPv4 (IEEE 802 numbers).
 pub const ETHER_IPV4: u16 = 0x0800;
@@ -14,15 +14,26 @@ pub const ETHER_LEN: u32 = 14;
 
 /// Extension headers that are skipped before a packet counts as malformed.
 const EXTENSIONS_MAX: u32 = 4;
-const IPV6_LEN: u32 = 40;
+/// Bytes of an IPv4 header without options.
+pub const IPV4_LEN: u32 = 20;
+/// Bytes of an IPv6 header without extension headers.
+pub const IPV6_LEN: u32 = 40;
 /// Where the checksum lies in a TCP header.
-const TCP_CHECK: u32 = 16;
+pub const TCP_CHECK: u32 = 16;
 /// Where the checksum lies in a UDP header.
-const UDP_CHECK: u32 = 6;
+pub const UDP_CHECK: u32 = 6;
 /// Where the checksum lies in an IPv4 header.
-const IPV4_CHECK: u32 = 10;
+pub const IPV4_CHECK: u32 = 10;
 /// Where the flags lie in a TCP header.
 const TCP_FLAGS: u32 = 13;
+/// Where the addresses lie in an IPv4 header, source first.
+pub const IPV4_ADDRESSES: u32 = 12;
+/// Where the addresses lie in an IPv6 header, source first.
+pub const IPV6_ADDRESSES: u32 = 8;
+/// Where the TTL lies in an IPv4 header.
+const IPV4_TTL: u32 = 8;
+/// Where the hop limit lies in an IPv6 header.
+const IPV6_HOP_LIMIT: u32 = 7;
 
 const TCP_FIN: u8 = 0x01;
 const TCP_SYN: u8 = 0x02;
@@ -40,14 +51,20 @@ pub struct Headers {
     pub sport: u16,
     /// Destination port, network order.
     pub dport: u16,
-    /// [`PROTO_TCP`] or [`PROTO_UDP`].
+    /// IP protocol number of what comes after the IP headers.
     pub proto: u8,
-    /// TCP flags; 0 for UDP.
+    /// TCP flags; 0 for others and for later fragments.
     pub tcp_flags: u8,
+    /// TTL or hop limit.
+    pub hops: u8,
     /// Whether the packet is IPv6.
     pub v6: bool,
-    /// Offset of the TCP or UDP header.
+    /// Whether the header behind the IP headers is in this packet, as it is not in later fragments.
+    pub whole: bool,
+    /// Offset of the TCP, UDP or ICMP header.
     pub l4: u32,
+    /// Identification of a fragment, as it lies in the packet.
+    pub id: u32,
 }
 
 impl Headers {
@@ -57,195 +74,327 @@ impl Headers {
         self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
     }
 
-    /// Whether the packet ends a TCP connection, or one direction of it.
+    /// Whether the packet is the last one of its direction.
     #[inline(always)]
-    pub const fn closes(&self) -> bool {
-        self.tcp_flags & (TCP_FIN | TCP_RST) != 0
+    pub const fn is_fin(&self) -> bool {
+        self.tcp_flags & TCP_FIN != 0
+    }
+
+    /// Whether the packet ends the connection at once.
+    #[inline(always)]
+    pub const fn is_reset(&self) -> bool {
+        self.tcp_flags & TCP_RST != 0
+    }
+
+    /// The packet's key in the connection table.
+    #[inline(always)]
+    pub const fn key(&self) -> FlowKey {
+        FlowKey {
+            src: self.src,
+            dst: self.dst,
+            sport: self.sport,
+            dport: self.dport,
+            proto: self.proto,
+            pad: [0; 3],
+        }
     }
 }
 
 /// What a packet is to the balancer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parsed {
+pub enum Kind {
     /// A whole TCP or UDP packet.
-    Transport(Headers),
+    Transport,
+    /// The first fragment of a TCP or UDP packet.
+    FirstFragment,
+    /// Another fragment, which has no ports.
+    LaterFragment,
+    /// An ICMP or ICMPv6 error, which quotes a packet.
+    IcmpError,
     /// Another protocol: none of our business.
     Other,
-    /// A fragment of a TCP or UDP packet.
-    Fragment,
     /// Headers that end early or contradict themselves.
     Bad,
 }
 
+/// The headers of no packet.
+pub const NOTHING: Headers = Headers {
+    src: Address { words: [0; 4] },
+    dst: Address { words: [0; 4] },
+    sport: 0,
+    dport: 0,
+    proto: 0,
+    tcp_flags: 0,
+    hops: 0,
+    v6: false,
+    whole: true,
+    l4: 0,
+    id: 0,
+};
+
+/// The four bytes at `at` as a word of an address. `at` is a constant at every caller.
 #[inline(always)]
-fn word(bytes: &[u8; 4]) -> u32 {
-    u32::from_ne_bytes(*bytes)
+pub fn word<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
+    u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// Parses an Ethernet frame.
+/// The address of four words at `at`.
 #[inline(always)]
-pub fn parse<P: Packet>(packet: &P) -> Parsed {
+pub fn address6<const N: usize>(bytes: &[u8; N], at: usize) -> Address {
+    Address::v6([word(bytes, at), word(bytes, at + 4), word(bytes, at + 8), word(bytes, at + 12)])
+}
+
+/// Parses an Ethernet frame. What it is comes back; `headers` have a meaning for the kinds that have some.
+#[inline(always)]
+pub fn parse<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
+    if packet.is_tagged() {
+        return Kind::Other;
+    }
     match packet.ether_type() {
-        ETHER_IPV4 => parse_v4(packet),
-        ETHER_IPV6 => parse_v6(packet),
-        _ => Parsed::Other,
+        ETHER_IPV4 => parse_v4(packet, headers),
+        ETHER_IPV6 => parse_v6(packet, headers),
+        _ => Kind::Other,
     }
 }
 
-#[inline(always)]
-fn parse_v4<P: Packet>(packet: &P) -> Parsed {
-    let Some([b0, _, _, _]) = packet.load::<4>(ETHER_LEN) else { return Parsed::Bad };
-    let len = u32::from(b0 & 0x0f) * 4;
-    if b0 >> 4 != 4 || len < 20 {
-        return Parsed::Bad;
-    }
-    let Some([_, _, f0, f1, _, proto, _, _]) = packet.load::<8>(ETHER_LEN + 4) else { return Parsed::Bad };
-    if proto != PROTO_TCP && proto != PROTO_UDP {
-        return Parsed::Other;
-    }
-    // More-fragments bit or a fragment offset.
-    if f0 & 0x3f != 0 || f1 != 0 {
-        return Parsed::Fragment;
-    }
-    let Some(src) = packet.load::<4>(ETHER_LEN + 12) else { return Parsed::Bad };
-    let Some(dst) = packet.load::<4>(ETHER_LEN + 16) else { return Parsed::Bad };
-    transport(packet, Address::v4(word(&src)), Address::v4(word(&dst)), proto, false, ETHER_LEN + len)
+/// [`parse`] in a frame of its own, for where the stack is short.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub fn parse_apart<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
+    parse(packet, headers)
 }
 
 #[inline(always)]
-fn load_v6<P: Packet>(packet: &P, offset: u32) -> Option<Address> {
-    let a = packet.load::<4>(offset)?;
-    let b = packet.load::<4>(offset + 4)?;
-    let c = packet.load::<4>(offset + 8)?;
-    let d = packet.load::<4>(offset + 12)?;
-    Some(Address::v6([word(&a), word(&b), word(&c), word(&d)]))
+const fn is_transport(proto: u8) -> bool {
+    proto == PROTO_TCP || proto == PROTO_UDP
 }
 
 #[inline(always)]
-fn parse_v6<P: Packet>(packet: &P) -> Parsed {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const FRAGMENT: u8 = 44;
-    const DESTINATION: u8 = 60;
-
-    let Some([b0, _, _, _, _, _, first, _]) = packet.load::<8>(ETHER_LEN) else { return Parsed::Bad };
-    if b0 >> 4 != 6 {
-        return Parsed::Bad;
+fn parse_v4<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
+    let Some(ip) = packet.load::<20>(ETHER_LEN) else { return Kind::Bad };
+    let len = u32::from(ip[0] & 0x0f) * 4;
+    if ip[0] >> 4 != 4 || len < IPV4_LEN {
+        return Kind::Bad;
     }
-    let mut next = first;
-    let mut at = ETHER_LEN + IPV6_LEN;
+    let proto = ip[9];
+    if !is_transport(proto) && proto != PROTO_ICMP {
+        return Kind::Other;
+    }
+    *headers = Headers {
+        src: Address::v4(word(&ip, 12)),
+        dst: Address::v4(word(&ip, 16)),
+        proto,
+        hops: ip[8],
+        l4: ETHER_LEN + len,
+        id: u32::from(u16::from_ne_bytes([ip[4], ip[5]])),
+        ..NOTHING
+    };
+    // A fragment offset, or the bit that more fragments follow.
+    let later = ip[6] & 0x1f != 0 || ip[7] != 0;
+    behind(packet, headers, later, ip[6] & 0x20 != 0)
+}
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;
+
+#[inline(always)]
+const fn is_extension(next: u8) -> bool {
+    next == HOP_BY_HOP || next == ROUTING || next == DESTINATION || next == FRAGMENT
+}
+
+/// What a chain of IPv6 extension headers leads to.
+#[derive(Clone, Copy)]
+pub struct Chain {
+    /// The header that follows them.
+    pub next: u8,
+    /// Its offset.
+    pub at: u32,
+    /// Identification of a fragment, as it lies in the packet.
+    pub id: u32,
+    /// Whether this is a fragment other than the first: what follows is no header then.
+    pub later: bool,
+    /// Whether more fragments follow.
+    pub more: bool,
+}
+
+/// Follows the extension headers from `next` at `at`, up to four of them; `None` when they end early.
+#[inline(always)]
+pub fn chain<P: Packet>(packet: &P, next: u8, at: u32) -> Option<Chain> {
+    let mut chain = Chain { next, at, id: 0, later: false, more: false };
     let mut seen = 0;
-    while seen < EXTENSIONS_MAX && next != PROTO_TCP && next != PROTO_UDP {
-        if next == FRAGMENT {
-            return Parsed::Fragment;
+    while seen < EXTENSIONS_MAX && !chain.later && is_extension(chain.next) {
+        let head = packet.load::<8>(chain.at)?;
+        if chain.next == FRAGMENT {
+            chain.at += 8;
+            chain.later = head[2] != 0 || head[3] & 0xf8 != 0;
+            chain.more = head[3] & 1 != 0;
+            chain.id = word(&head, 4);
+        } else {
+            chain.at += (u32::from(head[1]) + 1) * 8;
         }
-        if next != HOP_BY_HOP && next != ROUTING && next != DESTINATION {
-            return Parsed::Other;
-        }
-        let Some([following, units]) = packet.load::<2>(at) else { return Parsed::Bad };
-        at += (u32::from(units) + 1) * 8;
-        next = following;
+        chain.next = head[0];
         seen += 1;
     }
-    if next != PROTO_TCP && next != PROTO_UDP {
-        return Parsed::Bad;
+    Some(chain)
+}
+
+#[inline(always)]
+fn parse_v6<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
+    let Some(ip) = packet.load::<40>(ETHER_LEN) else { return Kind::Bad };
+    if ip[0] >> 4 != 6 {
+        return Kind::Bad;
     }
-    let Some(src) = load_v6(packet, ETHER_LEN + 8) else { return Parsed::Bad };
-    let Some(dst) = load_v6(packet, ETHER_LEN + 24) else { return Parsed::Bad };
-    transport(packet, src, dst, next, true, at)
-}
-
-#[inline(always)]
-fn transport<P: Packet>(packet: &P, src: Address, dst: Address, proto: u8, v6: bool, l4: u32) -> Parsed {
-    let Some([s0, s1, d0, d1]) = packet.load::<4>(l4) else { return Parsed::Bad };
-    let tcp_flags = if proto == PROTO_TCP {
-        let Some([flags]) = packet.load::<1>(l4 + TCP_FLAGS) else { return Parsed::Bad };
-        flags
-    } else {
-        0
+    let Some(Chain { next, at, id, later, more }) = chain(packet, ip[6], ETHER_LEN + IPV6_LEN) else {
+        return Kind::Bad;
     };
-    Parsed::Transport(Headers {
-        src,
-        dst,
-        sport: u16::from_ne_bytes([s0, s1]),
-        dport: u16::from_ne_bytes([d0, d1]),
-        proto,
-        tcp_flags,
-        v6,
-        l4,
-    })
+    *headers = Headers {
+        src: address6(&ip, 8),
+        dst: address6(&ip, 24),
+        proto: if later { 0 } else { next },
+        hops: ip[7],
+        v6: true,
+        l4: at,
+        id,
+        ..NOTHING
+    };
+    if !later && !is_transport(next) && next != PROTO_ICMPV6 {
+        return if is_extension(next) { Kind::Bad } else { Kind::Other };
+    }
+    behind(packet, headers, later, more)
 }
 
-/// Which side of a packet is rewritten.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// Source address and port.
-    Source,
-    /// Destination address and port.
-    Destination,
-}
-
-/// Puts `addr` and `port` (network order) in the place of one side's. False when the packet could not be changed
-/// wholly, or when the families differ: it must not go on then.
+/// Reads what is behind the IP headers.
 #[inline(always)]
-pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, side: Side, addr: &Address, port: u16) -> bool {
+fn behind<P: Packet>(packet: &P, headers: &mut Headers, later: bool, more: bool) -> Kind {
+    if later {
+        headers.whole = false;
+        return if headers.proto == PROTO_ICMP { Kind::Other } else { Kind::LaterFragment };
+    }
+    let Some([b0, b1, b2, b3]) = packet.load::<4>(headers.l4) else { return Kind::Bad };
+    if !is_transport(headers.proto) {
+        // Unreachable, time exceeded, parameter problem; for IPv6 too big also, and no other below 128 is defined.
+        let error = if headers.v6 { (1..=4).contains(&b0) } else { b0 == 3 || b0 == 11 || b0 == 12 };
+        return if error && !more { Kind::IcmpError } else { Kind::Other };
+    }
+    if headers.proto == PROTO_TCP {
+        let Some([flags]) = packet.load::<1>(headers.l4 + TCP_FLAGS) else { return Kind::Bad };
+        headers.tcp_flags = flags;
+    }
+    headers.sport = u16::from_ne_bytes([b0, b1]);
+    headers.dport = u16::from_ne_bytes([b2, b3]);
+    if more { Kind::FirstFragment } else { Kind::Transport }
+}
+
+/// A packet's source and destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuple {
+    /// Source address.
+    pub src: Address,
+    /// Destination address.
+    pub dst: Address,
+    /// Source port, network order.
+    pub sport: u16,
+    /// Destination port, network order.
+    pub dport: u16,
+}
+
+impl Tuple {
+    /// The tuple of no packet.
+    pub const NOTHING: Self =
+        Self { src: Address { words: [0; 4] }, dst: Address { words: [0; 4] }, sport: 0, dport: 0 };
+}
+
+/// Source and destination addresses as they lie in an IPv4 header; `None` when one is no IPv4 address.
+#[inline(always)]
+pub fn pair4(src: &Address, dst: &Address) -> Option<[u32; 2]> {
+    Some([src.as_v4()?, dst.as_v4()?])
+}
+
+/// The same for an IPv6 header.
+#[inline(always)]
+pub fn pair6(src: &Address, dst: &Address) -> [u32; 8] {
+    let (s, d) = (&src.words, &dst.words);
+    [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3]]
+}
+
+/// The bytes of `N` / 4 words.
+#[inline(always)]
+pub fn bytes_of<const W: usize, const N: usize>(words: &[u32; W]) -> [u8; N] {
+    const { assert!(W * 4 == N) };
+    let mut out = [0; N];
+    let mut i = 0;
+    while i < W {
+        let [a, b, c, d] = words[i].to_ne_bytes();
+        out[i * 4] = a;
+        out[i * 4 + 1] = b;
+        out[i * 4 + 2] = c;
+        out[i * 4 + 3] = d;
+        i += 1;
+    }
+    out
+}
+
+/// Gives the packet another source and destination. False when it could not be changed wholly, or when the families
+/// differ: it must not go on then.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple) -> bool {
     let udp = headers.proto == PROTO_UDP;
     let check = headers.l4 + if udp { UDP_CHECK } else { TCP_CHECK };
-    let (old_addr, old_port, port_at) = match side {
-        Side::Source => (headers.src, headers.sport, headers.l4),
-        Side::Destination => (headers.dst, headers.dport, headers.l4 + 2),
-    };
-    // An offset that differs by side only; both families compute it before anything is written.
-    let source = matches!(side, Side::Source);
     let done = if headers.v6 {
-        let at = ETHER_LEN + if source { 8 } else { 24 };
-        rewrite_v6(packet, at, check, &old_addr, addr, udp)
+        addresses6(packet, headers, new, check, udp)
     } else {
-        let at = ETHER_LEN + if source { 12 } else { 16 };
-        rewrite_v4(packet, at, check, &old_addr, addr, udp)
+        addresses4(packet, headers, new, check, udp)
     };
     if !done {
         return false;
     }
-    if old_port == port {
+    if !headers.whole || (headers.sport == new.sport && headers.dport == new.dport) {
         return true;
     }
-    packet.fix_l4(check, checksum::diff16(old_port, port), false, udp)
-        && packet.store::<2>(port_at, port.to_ne_bytes(), false)
+    let ports = |sport: u16, dport: u16| u32::from_ne_bytes(bytes_of_ports(sport, dport));
+    let diff = checksum::diff(&[ports(headers.sport, headers.dport)], &[ports(new.sport, new.dport)]);
+    packet.fix_l4(check, diff, false, udp)
+        && packet.store::<4>(headers.l4, bytes_of_ports(new.sport, new.dport), false)
+}
+
+/// Two ports in network order as they lie in a TCP or UDP header.
+#[inline(always)]
+pub fn bytes_of_ports(sport: u16, dport: u16) -> [u8; 4] {
+    let ([a, b], [c, d]) = (sport.to_ne_bytes(), dport.to_ne_bytes());
+    [a, b, c, d]
 }
 
 #[inline(always)]
-fn rewrite_v4<P: Packet>(
-    packet: &mut P,
-    at: u32,
-    check: u32,
-    old: &Address,
-    new: &Address,
-    udp: bool,
-) -> bool {
-    let (Some(old), Some(new)) = (old.as_v4(), new.as_v4()) else { return false };
-    let diff = checksum::diff(&[old], &[new]);
-    packet.fix_l4(check, diff, true, udp)
+fn addresses4<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple, check: u32, udp: bool) -> bool {
+    let Some(old) = pair4(&headers.src, &headers.dst) else { return false };
+    let Some(new) = pair4(&new.src, &new.dst) else { return false };
+    let diff = checksum::diff(&old, &new);
+    (!headers.whole || packet.fix_l4(check, diff, true, udp))
         && packet.fix_l3(ETHER_LEN + IPV4_CHECK, diff)
-        && packet.store::<4>(at, new.to_ne_bytes(), false)
+        && packet.store::<8>(ETHER_LEN + IPV4_ADDRESSES, bytes_of(&new), false)
 }
 
-/// IPv6 has no header checksum that makes up for the new address, so these stores change the packet's sum.
+/// IPv6 has no header checksum that makes up for the new addresses, so this store changes the packet's sum.
 #[inline(always)]
-fn rewrite_v6<P: Packet>(
-    packet: &mut P,
-    at: u32,
-    check: u32,
-    old: &Address,
-    new: &Address,
-    udp: bool,
-) -> bool {
-    if new.as_v4().is_some() {
+fn addresses6<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple, check: u32, udp: bool) -> bool {
+    if new.src.as_v4().is_some() || new.dst.as_v4().is_some() {
         return false;
     }
-    packet.fix_l4(check, checksum::diff(&old.words, &new.words), true, udp)
-        && packet.store::<4>(at, new.words[0].to_ne_bytes(), true)
-        && packet.store::<4>(at + 4, new.words[1].to_ne_bytes(), true)
-        && packet.store::<4>(at + 8, new.words[2].to_ne_bytes(), true)
-        && packet.store::<4>(at + 12, new.words[3].to_ne_bytes(), true)
+    let old = pair6(&headers.src, &headers.dst);
+    let new = pair6(&new.src, &new.dst);
+    (!headers.whole || packet.fix_l4(check, checksum::diff(&old, &new), true, udp))
+        && packet.store::<32>(ETHER_LEN + IPV6_ADDRESSES, bytes_of(&new), true)
+}
+
+/// Takes one off the TTL or hop limit, as who forwards a packet must.
+#[inline(always)]
+pub fn pass_hop<P: Packet>(packet: &mut P, headers: &Headers) -> bool {
+    let hops = headers.hops.wrapping_sub(1);
+    if headers.v6 {
+        return packet.store::<1>(ETHER_LEN + IPV6_HOP_LIMIT, [hops], true);
+    }
+    let word = |hops: u8| u16::from_ne_bytes([hops, headers.proto]);
+    packet.fix_l3(ETHER_LEN + IPV4_CHECK, checksum::diff16(word(headers.hops), word(hops)))
+        && packet.store::<1>(ETHER_LEN + IPV4_TTL, [hops], false)
 }

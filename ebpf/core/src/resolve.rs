@@ -34,7 +34,7 @@ const ATTEMPTS: u32 = 2;
 
 /// The frontend that has exactly this address.
 #[inline(always)]
-fn frontend<T: Table>(table: &T, to: &Destination) -> Option<Frontend> {
+pub fn frontend<T: Table>(table: &T, to: &Destination) -> Option<Frontend> {
     match to.addr.as_v4() {
         Some(addr) => table.frontend4(&Frontend4Key { addr, port: to.port, proto: to.proto, pad: 0 }),
         None => {
@@ -65,7 +65,13 @@ pub fn in_node_port_range<T: Table>(table: &T, port: u16) -> bool {
 /// The backend behind slot `pick(range, entropy)`; `None` when what was read does not fit together.
 #[inline(always)]
 pub fn backend_of<T: Table>(table: &T, service: u32, range: Range, entropy: u32) -> Option<Backend> {
-    let slot = table.slot(select::pick(range, entropy))?;
+    backend_at(table, service, select::pick(range, entropy))
+}
+
+/// The backend in the slot `index`; `None` when what was read does not fit together.
+#[inline(always)]
+pub fn backend_at<T: Table>(table: &T, service: u32, index: u32) -> Option<Backend> {
+    let slot = table.slot(index)?;
     if slot.service != service {
         return None;
     }

@@ -96,6 +96,15 @@ fn mix2(part: u64, held: u64) -> u64 {
     x ^ x >> 32
 }
 
+/// Whether the slot `index` of the frontend's run holds an endpoint of this node.
+#[inline(always)]
+pub fn is_local(frontend: &Frontend, index: u32) -> bool {
+    let at = index.wrapping_sub(frontend.base);
+    let local_ready = u32::from(frontend.local_ready);
+    let ready = local_ready + u32::from(frontend.remote_ready);
+    at < local_ready || (at >= ready && at < ready + u32::from(frontend.local_terminating))
+}
+
 /// Spreads `x` over 32 bits such that every input bit reaches every output bit.
 #[inline(always)]
 pub fn mix(x: u64) -> u32 {

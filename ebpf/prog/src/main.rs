@@ -7,10 +7,11 @@
 mod connect;
 mod event;
 mod maps;
-mod nodeport;
 mod peer;
 mod sendmsg;
+mod skb;
 mod sock;
+mod tc;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -3,16 +3,17 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use core::mem::MaybeUninit;
 use core::ptr::{read_volatile, write_volatile};
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Frontend, Frontend4Key,
-    Frontend6Key, MAGLEV_SLOTS, MaglevTable, MemberKey, Plain, ReverseEntry, ReverseKey, ReverseValue, Slot,
-    map,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey,
+    Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable, MemberKey, Plain, ReverseEntry,
+    ReverseKey, ReverseValue, Slot, call, map,
 };
+use sheave_ebpf_core::balance::Work;
 use sheave_ebpf_core::env::{Affinities, Table};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -31,6 +32,10 @@ pub static REVERSE_SK: SkStorage<ReverseEntry> = SkStorage::new();
 pub static REVERSE_LRU: LruHashMap<ReverseKey, ReverseValue, { map::REVERSE_MAX }> = LruHashMap::new();
 #[btf_map(name = "shv_flows")]
 pub static FLOWS: LruHashMap<FlowKey, Flow, { map::FLOWS_MAX }> = LruHashMap::new();
+#[btf_map(name = "shv_fragments")]
+pub static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { map::FRAGMENTS_MAX }> = LruHashMap::new();
+#[btf_map(name = "shv_calls")]
+pub static CALLS: ProgramArray<{ call::COUNT }> = ProgramArray::new();
 #[btf_map(name = "shv_node_addrs")]
 static NODE_ADDRS: HashMap<Address, u32, { map::NODE_ADDRS_MAX }, ON_DEMAND> = HashMap::new();
 #[btf_map(name = "shv_config")]
@@ -47,6 +52,24 @@ pub static RANGES: LpmTrie<[u32; 5], u32, { map::RANGES_MAX }> = LpmTrie::new();
 pub static MAGLEV: Array<MaglevTable, { map::MAGLEV_MAX }> = Array::new();
 #[btf_map(name = "shv_events")]
 pub static EVENTS: RingBuf<Event, { map::EVENTS_BYTES }> = RingBuf::new();
+
+#[btf_map(name = "shv_work")]
+static WORK: PerCpuArray<[u64; WORK_WORDS], 1> = PerCpuArray::new();
+
+/// Words of a [`Work`].
+const WORK_WORDS: usize = size_of::<Work>().div_ceil(8);
+
+/// This processor's work area.
+///
+/// Where it is used nothing else of its kind runs on the processor before the program ends: traffic control runs with
+/// soft interrupts off, and never within itself.
+#[inline(always)]
+pub fn work<'a>() -> Option<&'a mut Work> {
+    const { assert!(align_of::<Work>() <= 8) };
+    // SAFETY: the element is large and aligned enough, it is this processor's own, and whatever is in it was zeroes or
+    // written as a `Work`, of which zeroes are a valid value.
+    WORK.get_ptr_mut(0).map(|place| unsafe { &mut *place.cast::<Work>() })
+}
 
 /// Copies a map value, reading every word of it exactly once.
 ///

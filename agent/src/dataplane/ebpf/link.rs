@@ -4,6 +4,7 @@
 use super::probe;
 use super::sys;
 use crate::dataplane::DataplaneError;
+use sheave_ebpf_abi::call;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -26,9 +27,25 @@ pub(super) const CGROUP_HOOKS: &[(&str, u32)] = &[
     ("shv_connect6", 11),
 ];
 
-/// The programs that attach to an uplink, with the direction's name in pins and their attach type.
-pub(super) const UPLINK_HOOKS: &[(&str, &str, u32)] =
+/// A program at a network device, with the direction's name in pins and its attach type.
+pub(super) type DeviceHook = (&'static str, &'static str, u32);
+
+/// The programs that attach to an uplink.
+pub(super) const UPLINK_HOOKS: &[DeviceHook] =
     &[("shv_tc_egress", "egress", 47), ("shv_tc_ingress", "ingress", 46)];
+
+/// The programs that attach to a pod's device.
+pub(super) const POD_HOOKS: &[DeviceHook] =
+    &[("shv_tc_egress", "egress", 47), ("shv_pod_ingress", "ingress", 46)];
+
+/// The programs that the device programs continue in, by their place in the map of calls.
+pub(super) const CALLS: &[(u32, &str)] = &[
+    (call::OPEN, "shv_tc_open"),
+    (call::INGRESS, "shv_tc_ingress"),
+    (call::POD_INGRESS, "shv_pod_ingress"),
+    (call::ICMP, "shv_tc_icmp"),
+    (call::ANSWER, "shv_tc_answer"),
+];
 
 /// What a link is attached to.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ use std::path::Path;
 mod kind {
     pub(super) const HASH: u32 = 1;
     pub(super) const ARRAY: u32 = 2;
+    pub(super) const PROG_ARRAY: u32 = 3;
     pub(super) const PERCPU_ARRAY: u32 = 6;
     pub(super) const LRU_HASH: u32 = 9;
     pub(super) const LPM_TRIE: u32 = 11;
@@ -47,6 +48,8 @@ pub(super) const SHAPES: &[Shape] = &[
     shape::<u32, abi::ReverseEntry>(map::REVERSE_SK, kind::SK_STORAGE, NO_PREALLOC),
     shape::<abi::ReverseKey, abi::ReverseValue>(map::REVERSE_LRU, kind::LRU_HASH, 0),
     shape::<abi::FlowKey, abi::Flow>(map::FLOWS, kind::LRU_HASH, 0),
+    shape::<abi::FragmentKey, abi::Fragment>(map::FRAGMENTS, kind::LRU_HASH, 0),
+    shape::<u32, u32>(map::CALLS, kind::PROG_ARRAY, 0),
     shape::<abi::Address, u32>(map::NODE_ADDRS, kind::HASH, NO_PREALLOC),
     shape::<u32, abi::Config>(map::CONFIG, kind::ARRAY, 0),
     shape::<u32, u64>(map::COUNTERS, kind::PERCPU_ARRAY, 0),

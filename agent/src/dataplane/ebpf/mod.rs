@@ -18,7 +18,7 @@ use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode};
 use crate::limits;
 use crate::service::{Abilities, Capacity, Changes, FrontendEntry, FrontendKey, Observed};
 use aya::Ebpf;
-use link::{CGROUP_HOOKS, LINKS, Target};
+use link::{CALLS, CGROUP_HOOKS, DeviceHook, LINKS, POD_HOOKS, Target, UPLINK_HOOKS};
 use map::Map;
 use sheave_ebpf_abi::{
     ABI_VERSION, Address, Backend, Config, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable,
@@ -28,7 +28,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 
 /// The pin directory of this build's layouts.
@@ -176,12 +176,31 @@ impl EbpfDataplane {
                 return Ok(false);
             }
         }
-        for uplink in &self.settings.uplinks {
-            if !uplink::is_attached(&self.dir, uplink)? {
+        for (name, hooks) in self.devices()? {
+            if !uplink::is_attached(&self.dir, &name, hooks)? {
                 return Ok(false);
             }
         }
         Ok(true)
+    }
+
+    /// The devices that programs belong at. An uplink is nothing else, whatever its name begins with.
+    fn devices(&self) -> Result<Vec<(String, &'static [DeviceHook])>, DataplaneError> {
+        let uplinks = &self.settings.uplinks;
+        let pods = uplink::named(&self.settings.pod_links)?;
+        let pods = pods.into_iter().filter(|name| !uplinks.contains(name)).map(|name| (name, POD_HOOKS));
+        Ok(uplinks.iter().map(|name| (name.clone(), UPLINK_HOOKS)).chain(pods).collect())
+    }
+
+    /// Puts the programs that others continue in into their places.
+    fn fill_calls(dir: &Path, object: &mut Ebpf) -> Result<(), DataplaneError> {
+        let calls = Map::<u32, u32>::open(dir, names::CALLS)?;
+        for (place, name) in CALLS {
+            let program = load::program(object, name)?;
+            // The kernel takes the program's descriptor for a value.
+            calls.put(place, &(program.as_raw_fd() as u32))?;
+        }
+        Ok(())
     }
 
     /// The counters, to be read at any time by anybody.
@@ -290,15 +309,23 @@ impl Dataplane for EbpfDataplane {
         if held.object_digest == digest && self.all_attached(&target)? {
             return Ok(Attached::Yes);
         }
-        let (dir, uplinks) = (self.dir.clone(), self.settings.uplinks.clone());
+        let (dir, devices) = (self.dir.clone(), self.devices()?);
+        let uplinks = self.settings.uplinks.clone();
         let object = self.object()?;
+        Self::fill_calls(&dir, object)?;
         for (hook, attach_type) in CGROUP_HOOKS {
             let program = load::program(object, hook)?;
             let inherited = link::inherited(&dir, hook);
             link::attach(&dir.join(LINKS).join(hook), &target, *attach_type, program.as_fd(), &inherited)?;
         }
-        for name in &uplinks {
-            uplink::attach(&dir, object, name)?;
+        for (name, hooks) in &devices {
+            match uplink::attach(&dir, object, name, hooks) {
+                // Pods come and go; an uplink that is gone is for the operator to know.
+                Err(error) if !uplinks.contains(name) && uplink::index(name).is_err() => {
+                    tracing::debug!(device = name, %error, "gone before it was attached");
+                }
+                done => done?,
+            }
         }
         uplink::forget_gone(&dir)?;
         self.maps.config.put(&0, &Config { object_digest: digest, ..held })?;

@@ -1,8 +1,8 @@
-//! Programs on the uplinks: by tcx links, or by filters of a clsact qdisc on kernels before 6.6. Invariant: as with
+//! Programs on uplinks and pods' devices: by tcx links, or by filters of a clsact qdisc on kernels before 6.6. Invariant: as with
 //! every link, what is attached is replaced in one step; the clsact qdisc itself is never removed, for others may use
 //! it.
 
-use super::link::{self, LINKS, Target, UPLINK_HOOKS};
+use super::link::{self, DeviceHook, LINKS, Target};
 use super::{load, sys};
 use crate::dataplane::DataplaneError;
 use crate::network::has_clsact_filter;
@@ -28,7 +28,7 @@ fn attach_type(direction: &str) -> TcAttachType {
 /// Index of a device, which pins are named by: bpffs takes no dots, interface names do.
 pub(super) fn index(name: &str) -> Result<u32, DataplaneError> {
     nix::net::if_::if_nametoindex(name)
-        .map_err(|e| DataplaneError::Attach { hook: format!("uplink {name}"), source: e.into() })
+        .map_err(|e| DataplaneError::Attach { hook: format!("device {name}"), source: e.into() })
 }
 
 fn tcx_pin(dir: &Path, index: u32, direction: &str) -> PathBuf {
@@ -39,10 +39,24 @@ fn clsact_pin(dir: &Path, index: u32, direction: &str) -> PathBuf {
     dir.join(LINKS).join(format!("clsact_{index}_{direction}"))
 }
 
-/// Whether both directions of the uplink have their tcx link or their clsact filter in place.
-pub(super) fn is_attached(dir: &Path, name: &str) -> Result<bool, DataplaneError> {
+/// Names of the devices that begin with one of `prefixes`.
+pub(super) fn named(prefixes: &[String]) -> Result<Vec<String>, DataplaneError> {
+    let all = nix::net::if_::if_nameindex()
+        .map_err(|e| DataplaneError::Host { op: "list network devices", source: e.into() })?;
+    let names = all.iter().filter_map(|device| device.name().to_str().ok());
+    let mut found: Vec<_> = names
+        .filter(|name| prefixes.iter().any(|prefix| name.starts_with(prefix.as_str())))
+        .map(str::to_owned)
+        .collect();
+    found.sort();
+    found.dedup();
+    Ok(found)
+}
+
+/// Whether both directions of the device have their tcx link or their clsact filter in place.
+pub(super) fn is_attached(dir: &Path, name: &str, hooks: &[DeviceHook]) -> Result<bool, DataplaneError> {
     let index = index(name)?;
-    for (_, direction, _) in UPLINK_HOOKS {
+    for (_, direction, _) in hooks {
         let in_place = match link::state(&tcx_pin(dir, index, direction), &Target::Device(index))? {
             link::State::Attached => true,
             link::State::Elsewhere => false,
@@ -76,10 +90,15 @@ pub(super) fn forget_gone(dir: &Path) -> Result<(), DataplaneError> {
     Ok(())
 }
 
-/// Puts the programs at the uplink.
-pub(super) fn attach(dir: &Path, ebpf: &mut Ebpf, name: &str) -> Result<(), DataplaneError> {
+/// Puts the programs at the device.
+pub(super) fn attach(
+    dir: &Path,
+    ebpf: &mut Ebpf,
+    name: &str,
+    hooks: &[DeviceHook],
+) -> Result<(), DataplaneError> {
     let index = index(name)?;
-    for (program, direction, attach_type) in UPLINK_HOOKS {
+    for (program, direction, attach_type) in hooks {
         let fd = load::program(ebpf, program)?;
         let path = tcx_pin(dir, index, direction);
         let hook = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

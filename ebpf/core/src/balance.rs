@@ -1,0 +1,527 @@
+//! Services for packets that arrive at a device: to a backend and back. Invariant: a packet is rewritten only by a flow
+//! both of whose entries stand, so an answer is never sent from an address that the client did not ask.
+//!
+//! Where what is translated: the client's packets at ingress of the device they arrive on. Answers of backends that
+//! know the client's own address at egress of the device towards the client, after routing, since nothing before it
+//! may take a service's address for a source. Answers to this node, of masqueraded connections, at ingress; they are
+//! redirected, as are masqueraded packets on their way, past a stack that would drop packets from its own address.
+
+use crate::answer::{self, Answer};
+use crate::env::{Claim, Flows, Journey, Node, Packet, Route, Table, Way};
+use crate::flow;
+use crate::icmp::{self, Quote};
+use crate::packet::{self, ETHER_LEN, Headers, Kind};
+use crate::resolve::{self, Destination};
+use crate::select::{self, Scope};
+use sheave_ebpf_abi::{
+    Address, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend, PROTO_TCP, Plain as _,
+    config_flag, flow_flag, frontend_flag, node_addr_flag,
+};
+
+/// What is to become of the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// On to the next program and the stack, changed or not.
+    Pass,
+    /// Gone; a counter says why.
+    Drop,
+    /// Out of another device, by [`Work::route`].
+    Redirect,
+    /// Back out of the device that it came by: it is the answer now.
+    Reply,
+}
+
+/// The kind of device a program is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Outside is behind it.
+    Uplink,
+    /// A pod is behind it.
+    Pod,
+}
+
+/// The direction that a program sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Into the node.
+    Ingress,
+    /// Out of the node.
+    Egress,
+}
+
+/// How a packet goes on: some of the way is long and seldom, and may be a program of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It is done.
+    Done(Verdict),
+    /// It is for a service and belongs to no flow: [`open`] comes next.
+    Open,
+    /// It belongs to a flow now: [`ingress`] comes next.
+    Again,
+    /// It is an ICMP error: [`icmp::error`] comes next.
+    Icmp,
+    /// It is answered: [`crate::answer::make`] comes next.
+    Answer(Answer),
+}
+
+/// What the stages know of a packet. It is much for a stack, and lives where the caller has room.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// The packet's headers as they came.
+    pub headers: Headers,
+    /// Key of its flow.
+    pub key: FlowKey,
+    /// Its flow.
+    pub flow: Flow,
+    /// Key of the other direction's entry.
+    pub other_key: FlowKey,
+    /// The other direction's entry.
+    pub other: Flow,
+    /// The frontend that it is for.
+    pub frontend: Frontend,
+    /// Where it goes on when the verdict is to redirect it.
+    pub route: Route,
+    /// The packet that an ICMP error quotes.
+    pub quote: Quote,
+    /// Seconds of the kernel's monotonic clock.
+    pub now_s: u32,
+}
+
+impl Work {
+    /// A work area that holds nothing.
+    pub fn new() -> Self {
+        Self {
+            headers: packet::NOTHING,
+            key: FlowKey::zeroed(),
+            flow: Flow::zeroed(),
+            other_key: FlowKey::zeroed(),
+            other: Flow::zeroed(),
+            frontend: Frontend::zeroed(),
+            route: Route { device: 0, next_hop: Address::zeroed(), link: [0; 12], has_link: false },
+            quote: Quote::NOTHING,
+            now_s: 0,
+        }
+    }
+}
+
+impl Default for Work {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+const PASS: Stage = Stage::Done(Verdict::Pass);
+const DROP: Stage = Stage::Done(Verdict::Drop);
+
+/// Backends tried for a tuple that another connection occupies, or while the table changes.
+const PICKS: u32 = 3;
+/// Ports tried for a masqueraded connection, the client's own among them.
+const PORTS: u32 = 24;
+/// How many of them before the second range is tried.
+const PORTS_FIRST: u32 = 14;
+
+#[inline(always)]
+fn drop<E: Table>(env: &E, counter: Counter) -> Stage {
+    env.count(counter);
+    DROP
+}
+
+/// Parses the packet, and gives a fragment the ports of its first one.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn classify<P: Packet, E: Table + Flows>(packet: &P, env: &E, work: &mut Work) -> Kind {
+    let headers = &mut work.headers;
+    let mut kind = packet::parse(packet, headers);
+    if kind == Kind::FirstFragment || kind == Kind::LaterFragment {
+        let key = FragmentKey {
+            src: headers.src,
+            dst: headers.dst,
+            id: headers.id,
+            proto: if headers.v6 { 0 } else { headers.proto },
+            pad: [0; 3],
+        };
+        if kind == Kind::FirstFragment {
+            let (sport, dport, proto) = (headers.sport, headers.dport, u32::from(headers.proto));
+            env.set_fragment(&key, &Fragment { sport, dport, proto });
+            kind = Kind::Transport;
+        } else if let Some(known) = env.fragment(&key) {
+            headers.sport = known.sport;
+            headers.dport = known.dport;
+            headers.proto = known.proto as u8;
+            kind = Kind::Transport;
+        } else {
+            env.count(Counter::Fragment);
+        }
+    }
+    if kind == Kind::Bad {
+        env.count(Counter::BadHeader);
+    }
+    work.key = work.headers.key();
+    kind
+}
+
+/// A packet that arrives.
+#[inline(always)]
+pub fn ingress<P: Packet, E: Table + Flows + Node>(
+    packet: &mut P,
+    env: &E,
+    work: &mut Work,
+    link: Link,
+) -> Stage {
+    match classify(packet, env, work) {
+        Kind::Transport => {}
+        Kind::IcmpError => return Stage::Icmp,
+        _ => return PASS,
+    }
+    let mut reply = false;
+    if let Some(flow) = env.flow(&work.key) {
+        work.flow = flow;
+        work.now_s = env.now_s();
+        reply = flow.flags & flow_flag::REPLY != 0;
+        let snat = flow.flags & flow_flag::SNAT != 0;
+        if reply && !snat {
+            return PASS;
+        }
+        let stands = if reply {
+            !flow::is_expired(&flow, work.headers.proto, work.now_s)
+        } else {
+            flow::keeps(env, work)
+        };
+        if stands && flow::note(env, work) {
+            return if snat { travel(packet, env, work) } else { finish(packet, env, work) };
+        }
+    }
+    if !reply && frontend(env, work, link) { Stage::Open } else { PASS }
+}
+
+/// A packet that leaves. Gives a backend's answer the address and port that the client asked.
+#[inline(always)]
+pub fn egress<P: Packet, E: Table + Flows>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
+    match classify(packet, env, work) {
+        Kind::Transport => {}
+        Kind::IcmpError => return Stage::Icmp,
+        _ => return PASS,
+    }
+    match env.flow(&work.key) {
+        Some(flow) => work.flow = flow,
+        None => return PASS,
+    }
+    work.now_s = env.now_s();
+    if work.flow.flags & (flow_flag::REPLY | flow_flag::SNAT) != flow_flag::REPLY
+        || flow::is_expired(&work.flow, work.headers.proto, work.now_s)
+        || !flow::note(env, work)
+    {
+        return PASS;
+    }
+    finish(packet, env, work)
+}
+
+/// Translates a packet that the stack takes on.
+#[inline(always)]
+fn finish<P: Packet, E: Table>(packet: &mut P, env: &E, work: &Work) -> Stage {
+    if !packet::rewrite(packet, &work.headers, &flow::translated(&work.flow)) {
+        return drop(env, Counter::RewriteFailed);
+    }
+    let reply = work.flow.flags & flow_flag::REPLY != 0;
+    env.count(if reply { Counter::Replied } else { Counter::Forwarded });
+    PASS
+}
+
+/// Translates a packet that goes on past the stack.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn travel<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
+    let (headers, flow) = (&work.headers, &work.flow);
+    if headers.hops <= 1 {
+        env.count(Counter::Expired);
+        return Stage::Answer(Answer::HopLimit);
+    }
+    let journey = Journey {
+        src: flow.src,
+        dst: flow.dst,
+        sport: flow.sport,
+        dport: flow.dport,
+        proto: headers.proto,
+        v6: headers.v6,
+        len: wire_len(packet, headers),
+    };
+    match env.route(&journey) {
+        Way::To(route) => work.route = route,
+        Way::TooBig(mtu) => {
+            env.count(Counter::TooBig);
+            return Stage::Answer(Answer::TooBig(mtu));
+        }
+        Way::None => return drop(env, Counter::NoRoute),
+    }
+    match finish(packet, env, work) {
+        PASS => Stage::Done(redirect(packet, env, &work.headers)),
+        stage => stage,
+    }
+}
+
+/// Bytes of the largest IP packet that the buffer will be.
+#[inline(always)]
+fn wire_len<P: Packet>(packet: &P, headers: &Headers) -> u32 {
+    let segment = packet.segment_len();
+    if segment == 0 {
+        return packet.size().saturating_sub(ETHER_LEN);
+    }
+    let header = if headers.proto == PROTO_TCP {
+        packet.load::<1>(headers.l4 + 12).map_or(20, |[offset]| u32::from(offset >> 4) * 4)
+    } else {
+        8
+    };
+    headers.l4 - ETHER_LEN + header + segment
+}
+
+/// Lets a translated packet out of another device.
+#[inline(always)]
+pub fn redirect<P: Packet, E: Table>(packet: &mut P, env: &E, headers: &Headers) -> Verdict {
+    if packet::pass_hop(packet, headers) {
+        Verdict::Redirect
+    } else {
+        env.count(Counter::RewriteFailed);
+        Verdict::Drop
+    }
+}
+
+/// Finds the frontend that a packet is for, if it is balanced when it arrives at such a device.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn frontend<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
+    let headers = &work.headers;
+    let asked = Destination { addr: headers.dst, port: headers.dport, proto: headers.proto };
+    if let Some(found) = resolve::frontend(env, &asked) {
+        work.frontend = found;
+        let cluster_ip = found.flags & OUTSIDE == 0;
+        return !(cluster_ip && matches!(link, Link::Uplink));
+    }
+    if env.node_flags(&headers.dst) & node_addr_flag::NODE_PORTS == 0 {
+        return false;
+    }
+    match resolve::node_port_frontend(env, &asked) {
+        Some(found) => {
+            work.frontend = found;
+            true
+        }
+        None => false,
+    }
+}
+
+/// Kinds of frontends that are reached from outside: all but ClusterIP.
+const OUTSIDE: u32 = frontend_flag::NODE_PORT
+    | frontend_flag::LOAD_BALANCER
+    | frontend_flag::EXTERNAL_IP
+    | frontend_flag::HOST_PORT;
+
+/// The endpoints that a packet may go to. What comes from a pod is internal: the traffic policy for what comes from
+/// outside does not concern it, and the internal one concerns cluster IPs only.
+#[inline(always)]
+fn scope(frontend: &Frontend, link: Link) -> Scope {
+    let flag = match link {
+        Link::Uplink => frontend_flag::EXTERNAL_LOCAL,
+        Link::Pod if frontend.flags & OUTSIDE == 0 => frontend_flag::INTERNAL_LOCAL,
+        Link::Pod => 0,
+    };
+    if frontend.flags & flag != 0 { Scope::Local } else { Scope::Cluster }
+}
+
+/// A packet for a service that belongs to no flow: finds a backend and writes the flow's entries.
+#[inline(always)]
+pub fn open<P: Packet, E: Table + Flows + Node>(packet: &P, env: &E, work: &mut Work, link: Link) -> Stage {
+    // A reset opens nothing.
+    if classify(packet, env, work) != Kind::Transport || work.headers.is_reset() || !frontend(env, work, link)
+    {
+        return PASS;
+    }
+    if work.frontend.flags & frontend_flag::SOURCE_RANGES != 0
+        && matches!(link, Link::Uplink)
+        && !env.in_source_range(work.frontend.service, &work.headers.src)
+    {
+        return drop(env, Counter::SourceRefused);
+    }
+    let scope = scope(&work.frontend, link);
+    if select::range(&work.frontend, scope).is_none() {
+        if work.frontend.slot_count() != 0 {
+            return drop(env, Counter::NoLocalEndpoints);
+        }
+        env.count(Counter::Rejected);
+        return Stage::Answer(Answer::Refused);
+    }
+    work.now_s = env.now_s();
+    if let Some(old) = env.flow(&work.key) {
+        work.flow = old;
+        flow::forget_other(env, work);
+    }
+    let placed = match place(env, work, scope, link) {
+        Ok(true) => masquerade(env, work),
+        Ok(false) => Ok(()),
+        Err(counter) => Err(counter),
+    };
+    if let Err(counter) = placed {
+        return drop(env, counter);
+    }
+    if !env.replace(&work.key, &work.flow) {
+        return drop(env, Counter::FlowFull);
+    }
+    env.count(Counter::Opened);
+    Stage::Again
+}
+
+/// The slot for a packet under the policy.
+#[inline(always)]
+fn pick(frontend: &Frontend, scope: Scope, entropy: u32) -> Option<u32> {
+    Some(select::pick(select::range(frontend, scope)?, entropy))
+}
+
+/// Finds a backend and, when the client's own address is kept, takes the tuple of its answers. Tells whether the
+/// client must be masqueraded, who is not yet then.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn place<E: Table + Flows + Node>(
+    env: &E,
+    work: &mut Work,
+    scope: Scope,
+    link: Link,
+) -> Result<bool, Counter> {
+    let mut entropy = tuple_hash(&work.headers);
+    let mut attempt = 0;
+    let mut why = Counter::StaleSlot;
+    while attempt < PICKS {
+        attempt += 1;
+        let picked = pick(&work.frontend, scope, entropy);
+        entropy = select::mix(u64::from(entropy) + 1);
+        let Some(index) = picked else { continue };
+        let Some(backend) = resolve::backend_at(env, work.frontend.service, index) else { continue };
+        let headers = &work.headers;
+        work.flow = Flow {
+            src: headers.src,
+            dst: backend.addr,
+            sport: headers.sport,
+            dport: backend.port,
+            backend: backend.id,
+            service: work.frontend.service,
+            seen_s: work.now_s,
+            flags: 0,
+            pad: 0,
+        };
+        // The stack would not deliver a packet from this node's address to this node.
+        let here = env.is_node_address(&work.flow.dst);
+        if !here && must_masquerade(env, work, select::is_local(&work.frontend, index), link) {
+            return Ok(true);
+        }
+        match flow::take(env, work) {
+            Claim::Stored => return Ok(false),
+            // The same client port through another address of a service: a port of ours tells them apart.
+            Claim::Taken if !here => return Ok(true),
+            Claim::Taken => why = Counter::FlowCollision,
+            Claim::Refused => return Err(Counter::FlowFull),
+        }
+    }
+    Err(why)
+}
+
+#[inline(always)]
+fn must_masquerade<E: Table>(env: &E, work: &Work, local: bool, link: Link) -> bool {
+    let everything = || env.config().is_some_and(|config| config.flags & config_flag::MASQUERADE_ALL != 0);
+    (!local && matches!(link, Link::Uplink))
+        || work.flow.dst == work.headers.src
+        || work.frontend.flags & frontend_flag::MASQUERADE_ALL != 0
+        || everything()
+}
+
+/// Gives the client's entry an address of this node as its source, with a port that nobody has towards the backend.
+/// Ports are tried in an order that the tuple gives, so that two processors with the same packet take the same one.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn masquerade<E: Table + Flows + Node>(env: &E, work: &mut Work) -> Result<(), Counter> {
+    let Some(config) = env.config() else { return Err(Counter::NoNodeAddress) };
+    // The address that the client asked when it is this node's, else the node's first.
+    if env.is_node_address(&work.headers.dst) {
+        work.flow.src = work.headers.dst;
+    } else {
+        work.flow.src = if work.headers.v6 { config.node6 } else { config.node4 };
+        if work.flow.src.words[3] == 0 && work.flow.src.words[0] == 0 {
+            return Err(Counter::NoNodeAddress);
+        }
+    }
+    work.flow.flags |= flow_flag::SNAT;
+    let mut seed = tuple_hash(&work.headers);
+    let mut attempt = 0;
+    while attempt < PORTS {
+        if attempt != 0 {
+            seed = select::mix(u64::from(seed) << 8 | u64::from(attempt));
+            work.flow.sport = port(&config, attempt, seed);
+        }
+        attempt += 1;
+        flow::turn(work);
+        if work.flow.sport == 0 || env.has_socket(&work.other_key) {
+            continue;
+        }
+        match flow::take(env, work) {
+            Claim::Stored => return Ok(()),
+            Claim::Taken => {}
+            Claim::Refused => return Err(Counter::FlowFull),
+        }
+    }
+    Err(Counter::PortsExhausted)
+}
+
+/// A port for masquerading in network order; 0 when the range is empty.
+#[inline(always)]
+fn port(config: &Config, attempt: u32, seed: u32) -> u16 {
+    let (min, max) = if attempt < PORTS_FIRST || config.snat_more_min == 0 {
+        (config.snat_port_min, config.snat_port_max)
+    } else {
+        (config.snat_more_min, config.snat_more_max)
+    };
+    if min == 0 || max < min {
+        return 0;
+    }
+    let count = u32::from(max) - u32::from(min) + 1;
+    (min + ((u64::from(seed) * u64::from(count)) >> 32) as u16).to_be()
+}
+
+/// The same for every packet of a flow, so that a flow whose entry was evicted finds its backend again while the
+/// service does not change.
+#[inline(always)]
+fn tuple_hash(headers: &Headers) -> u32 {
+    let s = &headers.src.words;
+    let d = &headers.dst.words;
+    let ports = u64::from(headers.sport) << 16 | u64::from(headers.dport);
+    let a = u64::from(s[3] ^ s[1].rotate_left(7)) << 32 | u64::from(s[2] ^ s[0].rotate_left(13));
+    let b = u64::from(d[3] ^ d[1].rotate_left(7)) << 32 | u64::from(d[2] ^ d[0].rotate_left(13));
+    select::mix(u64::from(select::mix(a ^ ports.rotate_left(24))) << 32 ^ b ^ u64::from(headers.proto))
+}
+
+/// Takes a packet the whole way, where one program may be long.
+#[inline(always)]
+pub fn run<P: Packet, E: Table + Flows + Node>(
+    packet: &mut P,
+    env: &E,
+    work: &mut Work,
+    side: Side,
+    link: Link,
+) -> Verdict {
+    let first = match side {
+        Side::Ingress => ingress(packet, env, work, link),
+        Side::Egress => egress(packet, env, work),
+    };
+    let stage = match first {
+        Stage::Open => open(packet, env, work, link),
+        other => other,
+    };
+    let stage = match stage {
+        Stage::Again => ingress(packet, env, work, link),
+        other => other,
+    };
+    match stage {
+        Stage::Done(verdict) => verdict,
+        Stage::Icmp => icmp::error(packet, env, work, side),
+        Stage::Answer(answer) if answer::make(packet, &mut work.headers, answer) => Verdict::Reply,
+        Stage::Answer(_) => {
+            env.count(Counter::AnswerFailed);
+            Verdict::Drop
+        }
+        // The flow that was written is gone again.
+        Stage::Open | Stage::Again => {
+            env.count(Counter::FlowFull);
+            Verdict::Drop
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Connection tracking. Invariant: a connection has two entries that name each other; one that lost its other half
+//! gets it back with its next packet or counts as gone, and no tuple ever belongs to two connections.
+
+use crate::balance::Work;
+use crate::env::{Claim, Flows, Table};
+use crate::packet::Tuple;
+use sheave_ebpf_abi::{Flow, FlowKey, PROTO_TCP, flow_flag, flow_timeout_s};
+
+/// What a packet of the flow becomes.
+#[inline(always)]
+pub const fn translated(flow: &Flow) -> Tuple {
+    Tuple { src: flow.src, dst: flow.dst, sport: flow.sport, dport: flow.dport }
+}
+
+/// Key of the other direction's entry.
+#[inline(always)]
+pub const fn other_key(key: &FlowKey, flow: &Flow) -> FlowKey {
+    FlowKey {
+        src: flow.dst,
+        dst: flow.src,
+        sport: flow.dport,
+        dport: flow.sport,
+        proto: key.proto,
+        pad: [0; 3],
+    }
+}
+
+/// The other direction's entry.
+#[inline(always)]
+pub const fn other(key: &FlowKey, flow: &Flow) -> Flow {
+    Flow {
+        src: key.dst,
+        dst: key.src,
+        sport: key.dport,
+        dport: key.sport,
+        flags: flow.flags ^ flow_flag::REPLY,
+        ..*flow
+    }
+}
+
+/// Whether both entries make the same of a packet.
+#[inline(always)]
+pub fn same(a: &Flow, b: &Flow) -> bool {
+    a.src == b.src && a.dst == b.dst && a.sport == b.sport && a.dport == b.dport
+}
+
+/// Whether the connection has ended by what was seen of it.
+#[inline(always)]
+pub const fn is_closing(flags: u16) -> bool {
+    const BOTH: u16 = flow_flag::FIN_CLIENT | flow_flag::FIN_BACKEND;
+    flags & flow_flag::RESET != 0 || flags & BOTH == BOTH
+}
+
+/// Whether nothing was seen of the connection for so long that it counts as gone.
+#[inline(always)]
+pub const fn is_expired(flow: &Flow, proto: u8, now_s: u32) -> bool {
+    let replied = flow.flags & flow_flag::REPLIED != 0;
+    let limit = if proto == PROTO_TCP {
+        if is_closing(flow.flags) {
+            flow_timeout_s::TCP_CLOSING
+        } else if replied {
+            flow_timeout_s::TCP_ESTABLISHED
+        } else {
+            flow_timeout_s::TCP_OPENING
+        }
+    } else if replied {
+        flow_timeout_s::DATAGRAM_REPLIED
+    } else {
+        flow_timeout_s::DATAGRAM
+    };
+    // Another CPU's clock may be a moment ahead.
+    now_s.saturating_sub(flow.seen_s) > limit
+}
+
+/// Whether the backend of the client's entry in `work` may go on serving it: a connection under way stays where it is,
+/// while a new one on an old tuple, and every datagram, wants a backend that still exists.
+#[inline(always)]
+pub fn keeps<E: Table>(env: &E, work: &Work) -> bool {
+    let (headers, flow) = (&work.headers, &work.flow);
+    if is_expired(flow, headers.proto, work.now_s) || (headers.opens() && is_closing(flow.flags)) {
+        return false;
+    }
+    if headers.proto == PROTO_TCP && !headers.opens() {
+        return true;
+    }
+    match env.backend(flow.backend) {
+        Some(backend) => backend.id == flow.backend && backend.addr == flow.dst && backend.port == flow.dport,
+        None => false,
+    }
+}
+
+/// Notes a packet of the flow, at most once a second unless the connection's state changes, and then in both entries.
+/// False when the other entry's place belongs to another connection.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub fn note<E: Flows>(env: &E, work: &mut Work) -> bool {
+    let reply = work.flow.flags & flow_flag::REPLY != 0;
+    let mut seen = if reply { flow_flag::REPLIED } else { 0 };
+    if work.headers.is_fin() {
+        seen |= if reply { flow_flag::FIN_BACKEND } else { flow_flag::FIN_CLIENT };
+    }
+    if work.headers.is_reset() {
+        seen |= flow_flag::RESET;
+    }
+    if work.flow.seen_s == work.now_s && work.flow.flags & seen == seen {
+        return true;
+    }
+    work.flow.seen_s = work.now_s;
+    work.flow.flags |= seen;
+    env.touch(&work.key, work.now_s, seen);
+    turn(work);
+    match env.touch(&work.other_key, work.now_s, work.flow.flags & flow_flag::STATE) {
+        Some(held) => same(&held, &work.other),
+        // The LRU may have evicted it.
+        None => env.claim(&work.other_key, &work.other) != Claim::Taken,
+    }
+}
+
+/// Puts the other direction's entry of `flow` in its place in `work`.
+#[inline(always)]
+pub fn turn(work: &mut Work) {
+    work.other_key = other_key(&work.key, &work.flow);
+    work.other = other(&work.key, &work.flow);
+}
+
+/// Removes the other direction's entry of a connection that is to begin anew.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub fn forget_other<E: Flows>(env: &E, work: &mut Work) {
+    turn(work);
+    if let Some(held) = env.flow(&work.other_key)
+        && same(&held, &work.other)
+    {
+        env.remove(&work.other_key);
+    }
+}
+
+/// Takes the tuple of the answers of `flow` in `work`. It is ours then: it was free, ours already, or nothing was seen
+/// of its owner for too long.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub fn take<E: Flows>(env: &E, work: &mut Work) -> Claim {
+    turn(work);
+    match env.claim(&work.other_key, &work.other) {
+        Claim::Taken => {}
+        done => return done,
+    }
+    match env.flow(&work.other_key) {
+        Some(held) if !same(&held, &work.other) && !is_expired(&held, work.key.proto, work.now_s) => {
+            Claim::Taken
+        }
+        _ if env.replace(&work.other_key, &work.other) => Claim::Stored,
+        _ => Claim::Refused,
+    }
+}

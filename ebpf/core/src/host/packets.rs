@@ -1,0 +1,380 @@
+//! Packets through a pretended kernel. Invariant: its connection table, routes and buffers behave as the kernel's do.
+
+use super::{Kernel, address};
+use crate::balance::{self, Link, Side, Verdict, Work};
+use crate::checksum;
+use crate::env::{Claim, Flows, Journey, Node, Packet, Route, Way};
+use crate::golden::{self, Frame, Hook, L4, Out, PLACES, Place};
+use sheave_ebpf_abi::*;
+use std::vec::Vec;
+
+impl Flows for Kernel {
+    fn flow(&self, key: &FlowKey) -> Option<Flow> {
+        self.flows.borrow().get(key).copied()
+    }
+    fn touch(&self, key: &FlowKey, now_s: u32, state: u16) -> Option<Flow> {
+        let mut flows = self.flows.borrow_mut();
+        let flow = flows.get_mut(key)?;
+        let before = *flow;
+        flow.seen_s = now_s;
+        flow.flags |= state;
+        Some(before)
+    }
+    fn claim(&self, key: &FlowKey, flow: &Flow) -> Claim {
+        if self.flows.borrow().contains_key(key) {
+            return Claim::Taken;
+        }
+        self.flows.borrow_mut().insert(*key, *flow);
+        Claim::Stored
+    }
+    fn replace(&self, key: &FlowKey, flow: &Flow) -> bool {
+        self.flows.borrow_mut().insert(*key, *flow);
+        true
+    }
+    fn remove(&self, key: &FlowKey) {
+        self.flows.borrow_mut().remove(key);
+    }
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
+        self.fragments.borrow().get(key).copied()
+    }
+    fn set_fragment(&self, key: &FragmentKey, fragment: &Fragment) {
+        self.fragments.borrow_mut().insert(*key, *fragment);
+    }
+    fn now_s(&self) -> u32 {
+        self.now_s.get()
+    }
+}
+
+impl Node for Kernel {
+    fn in_source_range(&self, service: u32, client: &Address) -> bool {
+        let bits = |address: &Address| {
+            let [a, b, c, d] = address.words.map(u32::from_be);
+            u128::from(a) << 96 | u128::from(b) << 64 | u128::from(c) << 32 | u128::from(d)
+        };
+        let covers =
+            |first: &Address, len: u32| (bits(first) ^ bits(client)).checked_shr(128 - len).unwrap_or(0) == 0;
+        self.ranges.iter().any(|(of, first, len)| *of == service && covers(first, *len))
+    }
+    fn has_socket(&self, key: &FlowKey) -> bool {
+        self.sockets.contains(key)
+    }
+    fn route(&self, journey: &Journey) -> Way {
+        let far = PLACES.iter().any(|place| address(place.remote) == journey.dst);
+        if far && journey.len > golden::REMOTE_MTU {
+            return Way::TooBig(golden::REMOTE_MTU);
+        }
+        Way::To(Route { device: 7, next_hop: journey.dst, link: [0; 12], has_link: false })
+    }
+    fn random(&self) -> u32 {
+        4
+    }
+}
+
+struct Bytes(Vec<u8>);
+
+impl Bytes {
+    fn check(&mut self, offset: u32, f: impl FnOnce(u16) -> u16) -> bool {
+        let Some([a, b]) = self.load::<2>(offset) else { return false };
+        self.store::<2>(offset, f(u16::from_ne_bytes([a, b])).to_ne_bytes(), false)
+    }
+}
+
+impl Packet for Bytes {
+    fn ether_type(&self) -> u16 {
+        u16::from_be_bytes([self.0[12], self.0[13]])
+    }
+    fn is_tagged(&self) -> bool {
+        false
+    }
+    fn size(&self) -> u32 {
+        self.0.len() as u32
+    }
+    fn segment_len(&self) -> u32 {
+        0
+    }
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        self.0.get(offset as usize..offset as usize + N)?.try_into().ok()
+    }
+    fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], _: bool) -> bool {
+        match self.0.get_mut(offset as usize..offset as usize + N) {
+            Some(place) => {
+                place.copy_from_slice(&bytes);
+                true
+            }
+            None => false,
+        }
+    }
+    fn fix_l3(&mut self, offset: u32, diff: u32) -> bool {
+        self.check(offset, |old| checksum::apply(old, diff))
+    }
+    fn fix_l4(&mut self, offset: u32, diff: u32, _: bool, zero_is_none: bool) -> bool {
+        self.check(offset, |old| match (old, zero_is_none) {
+            (0, true) => 0,
+            (old, zero_is_none) => match checksum::apply(old, diff) {
+                0 if zero_is_none => 0xffff,
+                new => new,
+            },
+        })
+    }
+    fn cut(&mut self, len: u32) {
+        self.0.truncate(len as usize);
+    }
+    fn insert(&mut self, len: u32) -> bool {
+        self.0.splice(14..14, std::vec![0xaa; len as usize]);
+        true
+    }
+}
+
+fn golden_kernel() -> Kernel {
+    let mut kernel = Kernel::default();
+    for (n, place) in PLACES.iter().enumerate() {
+        kernel.node.push(address(place.node));
+        let any = if n == 0 { "0.0.0.0" } else { "::" };
+        for (offset, proto) in [(0, PROTO_TCP), (10, PROTO_UDP)] {
+            let id = 100 * (n as u32 + 1) + offset;
+            let flags = frontend_flag::NODE_PORT;
+            let local = [(place.pod, true)];
+            kernel.add(id, &[(any, golden::PORT_LOCAL)], proto, flags, &local);
+            kernel.add(id, &[(place.cluster_ip, golden::PORT_SERVICE)], proto, 0, &local);
+            let flags_lb = frontend_flag::LOAD_BALANCER | frontend_flag::SOURCE_RANGES;
+            kernel.add(id, &[(place.balancer, golden::PORT_SERVICE)], proto, flags_lb, &local);
+            let (first, len) = place.range.split_once('/').unwrap();
+            let len: u32 = len.parse().unwrap();
+            kernel.ranges.push((id, address(first), if place.v4() { 96 + len } else { len }));
+            kernel.add(id + 1, &[(any, golden::PORT_SAME_POD)], proto, flags, &local);
+            let remote = [(place.remote, false)];
+            kernel.add(id + 2, &[(any, golden::PORT_REMOTE)], proto, flags, &remote);
+            kernel.add(id + 3, &[(any, golden::PORT_EMPTY)], proto, flags, &[]);
+            let flags = flags | frontend_flag::EXTERNAL_LOCAL;
+            kernel.add(id + 4, &[(any, golden::PORT_LOCAL_ONLY)], proto, flags, &remote);
+        }
+    }
+    kernel
+}
+
+/// Runs a hook's programs on a frame.
+fn run(kernel: &Kernel, hook: Hook, input: &[u8]) -> Out {
+    let mut packet = Bytes(input.to_vec());
+    let (side, link) = match hook {
+        Hook::Ingress => (Side::Ingress, Link::Uplink),
+        Hook::PodIngress => (Side::Ingress, Link::Pod),
+        Hook::Egress => (Side::Egress, Link::Uplink),
+    };
+    match balance::run(&mut packet, kernel, &mut Work::new(), side, link) {
+        Verdict::Pass => Out::Pass(packet.0),
+        Verdict::Drop => Out::Drop,
+        Verdict::Redirect => Out::Redirect(packet.0),
+        Verdict::Reply => Out::Reply(packet.0),
+    }
+}
+
+#[test]
+fn golden_conversations() {
+    let kernel = golden_kernel();
+    for place in &PLACES {
+        for step in golden::conversation(place) {
+            assert_eq!(run(&kernel, step.hook, &step.input), step.output, "{} at {}", step.name, place.node);
+        }
+    }
+    for (counter, times) in [
+        (Counter::NoLocalEndpoints, 4),
+        (Counter::Rejected, 10),
+        (Counter::SourceRefused, 4),
+        (Counter::Fragment, 2),
+        (Counter::TooBig, 4),
+        (Counter::Expired, 4),
+        (Counter::IcmpTranslated, 56),
+        (Counter::FlowCollision, 0),
+        (Counter::RewriteFailed, 0),
+        (Counter::AnswerFailed, 0),
+    ] {
+        assert_eq!(kernel.counted(counter), times, "{counter:?}");
+    }
+}
+
+#[test]
+fn truncated_frames_never_panic_and_pass_unchanged() {
+    let kernel = golden_kernel();
+    for place in &PLACES {
+        for options in 0..4 {
+            let frame =
+                Frame { options, ..Frame::new((place.client, 5), (place.node, 30080), L4::Tcp(golden::SYN)) };
+            let bytes = frame.bytes();
+            let l4_len = bytes.len() - golden::PAYLOAD.len();
+            // Up to the TCP flags; what follows is payload and checksum to be fixed or a failed rewrite.
+            for cut in 14..l4_len - 6 {
+                assert_eq!(
+                    run(&kernel, Hook::Ingress, &bytes[..cut]),
+                    Out::Pass(bytes[..cut].to_vec()),
+                    "{cut}"
+                );
+            }
+        }
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn junk_never_panics(mut junk in proptest::collection::vec(proptest::prelude::any::<u8>(), 14..120), v6: bool) {
+        let kernel = golden_kernel();
+        junk[12..14].copy_from_slice(if v6 { &[0x86, 0xdd] } else { &[0x08, 0x00] });
+        for hook in [Hook::Ingress, Hook::PodIngress, Hook::Egress] {
+            run(&kernel, hook, &junk);
+        }
+    }
+
+    /// Every byte of a conversation may be another one.
+    #[test]
+    fn spoilt_conversations_never_panic(at in 0_usize..200, to: u8) {
+        let kernel = golden_kernel();
+        for step in PLACES.iter().flat_map(golden::conversation) {
+            let mut input = step.input;
+            if let Some(byte) = input.get_mut(at) {
+                *byte = to;
+            }
+            run(&kernel, step.hook, &input);
+        }
+    }
+}
+
+/// Where a frame goes: the addresses and ports of a plain TCP or UDP frame without options.
+fn tuple(out: &Out) -> ((Address, u16), (Address, u16)) {
+    let (Out::Pass(bytes) | Out::Redirect(bytes)) = out else { panic!("{out:?}") };
+    let packet = Bytes(bytes.clone());
+    let mut headers = crate::packet::NOTHING;
+    crate::packet::parse(&packet, &mut headers);
+    ((headers.src, u16::from_be(headers.sport)), (headers.dst, u16::from_be(headers.dport)))
+}
+
+fn send(kernel: &Kernel, from: (&str, u16), to: (&str, u16), l4: L4) -> Out {
+    run(kernel, Hook::Ingress, &Frame::new(from, to, l4).bytes())
+}
+
+const V4: &Place = &PLACES[0];
+
+#[test]
+fn a_flow_outlives_its_backend_until_it_is_opened_anew() {
+    let mut kernel = golden_kernel();
+    let go = |kernel: &Kernel, l4| tuple(&send(kernel, (V4.client, 7), (V4.node, 30080), l4)).1.0;
+    for (l4, later) in [(L4::Tcp(golden::SYN), L4::Tcp(golden::ACK)), (L4::Udp, L4::Udp)] {
+        assert_eq!(go(&kernel, l4), address(V4.pod));
+        let old: Vec<u32> =
+            kernel.backends.values().filter(|b| b.addr == address(V4.pod)).map(|b| b.id).collect();
+        for id in old {
+            let held = kernel.backends.remove(&id).unwrap();
+            kernel.backends.insert(1000 + id, Backend { addr: address("10.244.0.9"), id: 1000 + id, ..held });
+            kernel.slots.iter_mut().filter(|s| s.backend == id).for_each(|s| s.backend = 1000 + id);
+        }
+        // A connection stays; a datagram finds the new one.
+        let expected = if l4 == later { "10.244.0.9" } else { V4.pod };
+        assert_eq!(go(&kernel, later), address(expected));
+        assert_eq!(go(&kernel, l4), address("10.244.0.9"));
+        kernel = golden_kernel();
+    }
+}
+
+#[test]
+fn an_evicted_entry_comes_back_with_the_next_packet() {
+    for port in [golden::PORT_LOCAL, golden::PORT_REMOTE] {
+        let kernel = golden_kernel();
+        let there = |flags| send(&kernel, (V4.client, 7), (V4.node, port), L4::Tcp(flags));
+        let nat = tuple(&there(golden::SYN));
+        kernel.flows.borrow_mut().retain(|_, flow| flow.flags & flow_flag::REPLY == 0);
+        kernel.now_s.set(1);
+        assert_eq!(tuple(&there(golden::ACK)), nat);
+        assert_eq!(kernel.flows.borrow().len(), 2);
+        // The client's own entry is gone: the same backend and port are found again.
+        kernel.flows.borrow_mut().retain(|_, flow| flow.flags & flow_flag::REPLY != 0);
+        assert_eq!(tuple(&there(golden::ACK)), nat);
+        assert_eq!(kernel.flows.borrow().len(), 2);
+    }
+}
+
+#[test]
+fn ports_are_the_clients_own_else_of_the_ranges_and_never_taken_twice() {
+    let mut kernel = golden_kernel();
+    // A socket of this node has the port towards the backend already.
+    let held = |port: u16| FlowKey {
+        src: address(V4.remote),
+        dst: address(V4.node),
+        sport: golden::PORT_POD.to_be(),
+        dport: port.to_be(),
+        proto: PROTO_UDP,
+        pad: [0; 3],
+    };
+    kernel.sockets.push(held(61_001));
+    let go = |n: u32| {
+        let client = std::format!("198.51.100.{n}");
+        match send(&kernel, (&client, 7), (V4.node, golden::PORT_REMOTE), L4::Udp) {
+            Out::Drop => None,
+            out => Some(tuple(&out).0.1),
+        }
+    };
+    let mut ports: Vec<u16> = (1..40).filter_map(go).collect();
+    assert_eq!(ports[0], 7);
+    ports.sort_unstable();
+    assert_eq!(ports, [7, 10_000, 10_001, 61_000, 61_002, 61_003]);
+    assert!(kernel.counted(Counter::PortsExhausted) > 0);
+    // Time frees them.
+    kernel.now_s.set(flow_timeout_s::DATAGRAM + 1);
+    assert_eq!(go(100), Some(7));
+}
+
+#[test]
+fn timeouts_follow_the_state_of_the_connection() {
+    let kernel = golden_kernel();
+    let entries = |kernel: &Kernel| {
+        let flows = kernel.flows.borrow();
+        let flags: Vec<u16> = flows.values().map(|flow| flow.flags & flow_flag::STATE).collect();
+        assert!(flags.iter().all(|f| *f == flags[0]), "both entries have one state: {flags:?}");
+        let flow = *flows.values().next().unwrap();
+        let lives = |s| !crate::flow::is_expired(&flow, PROTO_TCP, kernel.now_s.get() + s);
+        [10, 60, 8000].into_iter().filter(|s| lives(*s) && !lives(s + 1)).collect::<Vec<u32>>()
+    };
+    let there = |flags| drop(send(&kernel, (V4.client, 7), (V4.node, 30080), L4::Tcp(flags)));
+    let back = |flags| {
+        let answer = Frame::new((V4.pod, golden::PORT_POD), (V4.client, 7), L4::Tcp(flags));
+        drop(run(&kernel, Hook::Egress, &answer.bytes()));
+    };
+    there(golden::SYN);
+    assert_eq!(entries(&kernel), [60]);
+    back(golden::SYN | golden::ACK);
+    assert_eq!(entries(&kernel), [8000]);
+    there(golden::FIN_ACK);
+    assert_eq!(entries(&kernel), [8000], "half closed is not closing");
+    back(golden::FIN_ACK);
+    assert_eq!(entries(&kernel), [10]);
+    there(golden::SYN);
+    assert_eq!(entries(&kernel), [60], "opened anew");
+    back(golden::RST);
+    assert_eq!(entries(&kernel), [10]);
+}
+
+#[test]
+fn everything_is_masqueraded_when_told() {
+    let kernel = golden_kernel();
+    kernel.config_flags.set(config_flag::MASQUERADE_ALL);
+    let out = send(&kernel, (V4.client, 7), (V4.balancer, 80), L4::Udp);
+    assert!(matches!(out, Out::Redirect(_)));
+    assert_eq!(tuple(&out), ((address(V4.node), 7), (address(V4.pod), golden::PORT_POD)));
+}
+
+#[test]
+fn a_pod_of_the_node_itself_is_never_masqueraded() {
+    let mut kernel = golden_kernel();
+    kernel.config_flags.set(config_flag::MASQUERADE_ALL);
+    kernel.add(
+        7,
+        &[("0.0.0.0", 30_500), ("0.0.0.0", 30_501)],
+        PROTO_UDP,
+        frontend_flag::NODE_PORT,
+        &[(V4.node, true)],
+    );
+    let go = |port| send(&kernel, (V4.client, 7), (V4.node, port), L4::Udp);
+    assert_eq!(tuple(&go(30_500)).0, (address(V4.client), 7));
+    // Its answers could not be told apart.
+    assert_eq!(go(30_501), Out::Drop);
+    assert_eq!(kernel.counted(Counter::FlowCollision), 1);
+}

@@ -1,0 +1,330 @@
+//! A packet of traffic control and its node. Invariant: packet bytes are read and written through helpers only, which
+//! works for non-linear buffers and keeps the device's checksum offload right.
+
+use crate::maps::{self, FLOWS, FRAGMENTS, Maps, RANGES};
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_F_CURRENT_NETNS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_NOEXIST,
+        bpf_sock_tuple,
+    },
+    btf_maps::lpm_trie::Key,
+    helpers::generated::{
+        bpf_fib_lookup, bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
+        bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
+        bpf_skb_store_bytes, bpf_skc_lookup_tcp,
+    },
+    programs::TcContext,
+};
+use core::mem::MaybeUninit;
+use core::ptr::{addr_of, read_volatile};
+use sheave_ebpf_abi::{
+    Address, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend, Frontend4Key,
+    Frontend6Key, PROTO_TCP, Slot,
+};
+use sheave_ebpf_core::env::{Claim, Flows, Journey, Node, Packet, Route, Table, Way};
+
+/// EEXIST (asm-generic/errno-base.h).
+const EEXIST: i32 = 17;
+/// BPF_ADJ_ROOM_MAC (uapi/linux/bpf.h).
+const ADJ_ROOM_MAC: u32 = 1;
+/// BPF_FIB_LKUP_RET_* (uapi/linux/bpf.h).
+const FIB_SUCCESS: i64 = 0;
+const FIB_NO_NEIGH: i64 = 7;
+const FIB_FRAG_NEEDED: i64 = 8;
+/// AF_INET and AF_INET6 (linux/socket.h).
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// The node that the packet came to.
+pub struct Env<'a> {
+    pub ctx: &'a TcContext,
+}
+
+impl Table for Env<'_> {
+    #[inline(always)]
+    fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
+        Maps.frontend4(key)
+    }
+    #[inline(always)]
+    fn frontend6(&self, key: &Frontend6Key) -> Option<Frontend> {
+        Maps.frontend6(key)
+    }
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<Slot> {
+        Maps.slot(index)
+    }
+    #[inline(always)]
+    fn backend(&self, id: u32) -> Option<Backend> {
+        Maps.backend(id)
+    }
+    #[inline(always)]
+    fn maglev(&self, table: u32, slot: u32) -> Option<u16> {
+        Maps.maglev(table, slot)
+    }
+    #[inline(always)]
+    fn node_flags(&self, address: &Address) -> u32 {
+        Maps.node_flags(address)
+    }
+    #[inline(always)]
+    fn config(&self) -> Option<Config> {
+        Maps.config()
+    }
+    #[inline(always)]
+    fn count(&self, counter: Counter) {
+        Maps.count(counter);
+    }
+}
+
+impl Flows for Env<'_> {
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey) -> Option<Flow> {
+        FLOWS.get_ptr(key).map(maps::copy)
+    }
+
+    #[inline(always)]
+    fn touch(&self, key: &FlowKey, now_s: u32, state: u16) -> Option<Flow> {
+        let held = FLOWS.get_ptr_mut(key)?;
+        let flow = maps::copy(held.cast_const());
+        // SAFETY: the element stays readable and writable until the program ends; a write that races with its
+        // eviction touches only the time and the state of a flow entry.
+        unsafe {
+            (*held).seen_s = now_s;
+            (*held).flags = flow.flags | state;
+        }
+        Some(flow)
+    }
+
+    #[inline(always)]
+    fn claim(&self, key: &FlowKey, flow: &Flow) -> Claim {
+        match FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)) {
+            Ok(()) => Claim::Stored,
+            Err(error) if error == -EEXIST => Claim::Taken,
+            Err(_) => Claim::Refused,
+        }
+    }
+
+    #[inline(always)]
+    fn replace(&self, key: &FlowKey, flow: &Flow) -> bool {
+        FLOWS.insert(key, flow, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn remove(&self, key: &FlowKey) {
+        // One that is gone already is as good.
+        let _ = FLOWS.remove(key);
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
+        FRAGMENTS.get_ptr(key).map(maps::copy)
+    }
+
+    #[inline(always)]
+    fn set_fragment(&self, key: &FragmentKey, fragment: &Fragment) {
+        // Without it the later fragments are left to the stack, and counted.
+        let _ = FRAGMENTS.insert(key, fragment, 0);
+    }
+
+    #[inline(always)]
+    fn now_s(&self) -> u32 {
+        // SAFETY: the helper takes nothing and cannot fail.
+        (unsafe { bpf_ktime_get_ns() } / 1_000_000_000) as u32
+    }
+}
+
+/// `struct bpf_fib_lookup` (uapi/linux/bpf.h), its unions as what is used of them here.
+#[repr(C)]
+struct FibLookup {
+    family: u8,
+    proto: u8,
+    sport: u16,
+    dport: u16,
+    /// Length that is asked for; the answer's MTU.
+    len: u16,
+    device: u32,
+    flow_info: u32,
+    src: [u32; 4],
+    /// Destination; the answer's next hop.
+    dst: [u32; 4],
+    vlan: u32,
+    smac: [u8; 6],
+    dmac: [u8; 6],
+}
+
+impl Node for Env<'_> {
+    #[inline(always)]
+    fn in_source_range(&self, service: u32, client: &Address) -> bool {
+        const BITS: u32 = 32 + 128;
+        let [a, b, c, d] = client.words;
+        RANGES.get(&Key::new(BITS, [service, a, b, c, d])).is_some()
+    }
+
+    #[inline(always)]
+    fn has_socket(&self, key: &FlowKey) -> bool {
+        let mut tuple = MaybeUninit::<[u32; 9]>::zeroed();
+        let words = tuple.as_mut_ptr().cast::<u32>();
+        let ports = u32::from(key.sport) | u32::from(key.dport) << 16;
+        // SAFETY: the words are those of `struct bpf_sock_tuple`, IPv4's and IPv6's laid over each other; its size says
+        // which. A socket that is found is released.
+        unsafe {
+            let size = match (key.src.as_v4(), key.dst.as_v4()) {
+                (Some(src), Some(dst)) => {
+                    words.write(src);
+                    words.add(1).write(dst);
+                    words.add(2).write(ports);
+                    12
+                }
+                _ => {
+                    let (s, d) = (key.src.words, key.dst.words);
+                    words.write(s[0]);
+                    words.add(1).write(s[1]);
+                    words.add(2).write(s[2]);
+                    words.add(3).write(s[3]);
+                    words.add(4).write(d[0]);
+                    words.add(5).write(d[1]);
+                    words.add(6).write(d[2]);
+                    words.add(7).write(d[3]);
+                    words.add(8).write(ports);
+                    36
+                }
+            };
+            let netns = BPF_F_CURRENT_NETNS as i64 as u64;
+            let tuple = words.cast::<bpf_sock_tuple>();
+            let found = if key.proto == PROTO_TCP {
+                bpf_skc_lookup_tcp(self.ctx.as_ptr(), tuple, size, netns, 0)
+            } else {
+                bpf_sk_lookup_udp(self.ctx.as_ptr(), tuple, size, netns, 0)
+            };
+            if found.is_null() {
+                return false;
+            }
+            bpf_sk_release(found.cast());
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn route(&self, journey: &Journey) -> Way {
+        // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
+        let device = unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).ifindex)) };
+        let family = if journey.v6 { AF_INET6 } else { AF_INET };
+        let place = |address: &Address| {
+            if journey.v6 { address.words } else { [address.words[3], 0, 0, 0] }
+        };
+        let mut fib = FibLookup {
+            family,
+            proto: journey.proto,
+            sport: journey.sport,
+            dport: journey.dport,
+            len: journey.len as u16,
+            device,
+            flow_info: 0,
+            src: place(&journey.src),
+            dst: place(&journey.dst),
+            vlan: 0,
+            smac: [0; 6],
+            dmac: [0; 6],
+        };
+        let size = size_of::<FibLookup>() as i32;
+        let params = core::ptr::from_mut(&mut fib).cast();
+        // SAFETY: `fib` has the layout and the size of what the helper reads and writes.
+        let answer = unsafe { bpf_fib_lookup(self.ctx.as_ptr(), params, size, 0) };
+        if answer == FIB_FRAG_NEEDED {
+            return Way::TooBig(u32::from(fib.len));
+        }
+        if answer != FIB_SUCCESS && answer != FIB_NO_NEIGH {
+            return Way::None;
+        }
+        let next_hop = if fib.family == AF_INET { Address::v4(fib.dst[0]) } else { Address::v6(fib.dst) };
+        // The kernel finds the neighbour when it sends the packet.
+        Way::To(Route { device: fib.device, next_hop, link: [0; 12], has_link: false })
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: the helper takes nothing and cannot fail.
+        unsafe { bpf_get_prandom_u32() }
+    }
+}
+
+/// A packet at a traffic control hook.
+pub struct Skb<'a> {
+    pub ctx: &'a TcContext,
+}
+
+impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn ether_type(&self) -> u16 {
+        // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
+        let protocol = unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).protocol)) };
+        u16::from_be(protocol as u16)
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        // SAFETY: as in `ether_type`.
+        unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).vlan_present)) != 0 }
+    }
+
+    #[inline(always)]
+    fn size(&self) -> u32 {
+        self.ctx.len()
+    }
+
+    #[inline(always)]
+    fn segment_len(&self) -> u32 {
+        // SAFETY: as in `ether_type`.
+        unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).gso_size)) }
+    }
+
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: `bytes` has room for N bytes, and the helper writes all of them (zeroes where it fails).
+        unsafe {
+            match bpf_skb_load_bytes(self.ctx.as_ptr(), offset, bytes.as_mut_ptr().cast(), N as u32) {
+                0 => Some(bytes.assume_init()),
+                _ => None,
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], sums: bool) -> bool {
+        let flags = if sums { u64::from(BPF_F_RECOMPUTE_CSUM) } else { 0 };
+        // SAFETY: `bytes` holds N bytes for the duration of the call.
+        unsafe { bpf_skb_store_bytes(self.ctx.skb.skb, offset, bytes.as_ptr().cast(), N as u32, flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn fix_l3(&mut self, offset: u32, diff: u32) -> bool {
+        // SAFETY: the helper checks the offset; a size of 0 means that the last argument is a difference.
+        unsafe { bpf_l3_csum_replace(self.ctx.skb.skb, offset, 0, u64::from(diff), 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn fix_l4(&mut self, offset: u32, diff: u32, pseudo: bool, zero_is_none: bool) -> bool {
+        let mut flags = 0;
+        if pseudo {
+            flags |= u64::from(BPF_F_PSEUDO_HDR);
+        }
+        if zero_is_none {
+            flags |= u64::from(BPF_F_MARK_MANGLED_0);
+        }
+        // SAFETY: as in `fix_l3`.
+        unsafe { bpf_l4_csum_replace(self.ctx.skb.skb, offset, 0, u64::from(diff), flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn cut(&mut self, len: u32) {
+        // SAFETY: the helper checks the length. Where it refuses, what is left over is not counted by the IP header.
+        unsafe { bpf_skb_change_tail(self.ctx.skb.skb, len, 0) };
+    }
+
+    #[inline(always)]
+    fn insert(&mut self, len: u32) -> bool {
+        // SAFETY: the helper checks the length.
+        unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, len as i32, ADJ_ROOM_MAC, 0) == 0 }
+    }
+}

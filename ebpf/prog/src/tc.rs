@@ -1,0 +1,169 @@
+//! Traffic control on uplinks and pods' devices. Invariant: a program does one stage of the way and continues in the
+//! program of the next; which one is core's word. The long and seldom stages are programs of their own, since each
+//! must fit into what the verifier of every kernel takes.
+
+use crate::maps::{self, CALLS};
+use crate::skb::{Env, Skb};
+use aya_ebpf::{
+    bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
+    helpers::generated::{bpf_redirect, bpf_redirect_neigh},
+    macros::classifier,
+    programs::TcContext,
+};
+use core::mem::MaybeUninit;
+use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
+use sheave_ebpf_abi::{Counter, call};
+use sheave_ebpf_core::answer::{self, Answer};
+use sheave_ebpf_core::balance::{self, Link, Side, Stage, Verdict, Work};
+use sheave_ebpf_core::env::{Route, Table as _};
+use sheave_ebpf_core::icmp;
+
+/// What is carried from program to program in the packet's control block: the device's kind and side, and the answer.
+/// The first word is cleared when the way ends, for a control block is handed on with the packet.
+const WORD_WHERE: usize = 0;
+const WORD_ANSWER: usize = 1;
+const AT_UPLINK: u32 = 0x5e01;
+const AT_POD: u32 = 0x5e02;
+const LEAVING: u32 = 0x5e03;
+/// A bit of the first word: a flow was written for the packet already.
+const OPENED: u32 = 0x100;
+
+/// AF_INET and AF_INET6 (linux/socket.h).
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+
+#[classifier]
+pub fn shv_tc_ingress(ctx: TcContext) -> i32 {
+    ingress(&ctx, Link::Uplink, AT_UPLINK)
+}
+
+#[classifier]
+pub fn shv_pod_ingress(ctx: TcContext) -> i32 {
+    ingress(&ctx, Link::Pod, AT_POD)
+}
+
+#[classifier]
+pub fn shv_tc_egress(ctx: TcContext) -> i32 {
+    set(&ctx, WORD_WHERE, LEAVING);
+    let Some(work) = maps::work() else { return TC_ACT_UNSPEC };
+    let stage = balance::egress(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work);
+    go_on(&ctx, work, stage)
+}
+
+/// Called only: finds a backend.
+#[classifier]
+pub fn shv_tc_open(ctx: TcContext) -> i32 {
+    let place = get(&ctx, WORD_WHERE);
+    if place & OPENED != 0 {
+        // The flow that was written is gone again: the table is too small for what goes on.
+        Env { ctx: &ctx }.count(Counter::FlowFull);
+        return TC_ACT_SHOT as i32;
+    }
+    set(&ctx, WORD_WHERE, place | OPENED);
+    let link = if place == AT_POD { Link::Pod } else { Link::Uplink };
+    let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
+    let stage = balance::open(&Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, link);
+    go_on(&ctx, work, stage)
+}
+
+/// Called only: translates an ICMP error.
+#[classifier]
+pub fn shv_tc_icmp(ctx: TcContext) -> i32 {
+    let side = if get(&ctx, WORD_WHERE) == LEAVING { Side::Egress } else { Side::Ingress };
+    let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
+    let verdict = icmp::error(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, side);
+    code(&ctx, work, verdict)
+}
+
+/// Called only: answers.
+#[classifier]
+pub fn shv_tc_answer(ctx: TcContext) -> i32 {
+    let answer = Answer::from_word(get(&ctx, WORD_ANSWER));
+    let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
+    if answer::make(&mut Skb { ctx: &ctx }, &mut work.headers, answer) {
+        return code(&ctx, work, Verdict::Reply);
+    }
+    Env { ctx: &ctx }.count(Counter::AnswerFailed);
+    TC_ACT_SHOT as i32
+}
+
+/// A packet's way begins, or begins again after a flow was written for it.
+#[inline(always)]
+fn ingress(ctx: &TcContext, link: Link, place: u32) -> i32 {
+    if get(ctx, WORD_WHERE) != place | OPENED {
+        set(ctx, WORD_WHERE, place);
+    }
+    let Some(work) = maps::work() else { return TC_ACT_UNSPEC };
+    let stage = balance::ingress(&mut Skb { ctx }, &Env { ctx }, work, link);
+    go_on(ctx, work, stage)
+}
+
+#[inline(always)]
+fn go_on(ctx: &TcContext, work: &Work, stage: Stage) -> i32 {
+    let next = match stage {
+        Stage::Done(verdict) => return code(ctx, work, verdict),
+        Stage::Open => call::OPEN,
+        Stage::Again if get(ctx, WORD_WHERE) & !OPENED == AT_POD => call::POD_INGRESS,
+        Stage::Again => call::INGRESS,
+        Stage::Icmp => call::ICMP,
+        Stage::Answer(answer) => {
+            set(ctx, WORD_ANSWER, answer.to_word());
+            call::ANSWER
+        }
+    };
+    // SAFETY: nothing here needs to be dropped, and the programs in the array are of this kind.
+    unsafe { CALLS.tail_call(ctx, next) };
+    Env { ctx }.count(Counter::CallMissing);
+    TC_ACT_SHOT as i32
+}
+
+/// `TC_ACT_UNSPEC` hands the packet to the next program on a clsact qdisc and, as TCX_NEXT, on a tcx hook.
+#[inline(always)]
+fn code(ctx: &TcContext, work: &Work, verdict: Verdict) -> i32 {
+    set(ctx, WORD_WHERE, 0);
+    match verdict {
+        Verdict::Pass => TC_ACT_UNSPEC,
+        Verdict::Drop => TC_ACT_SHOT as i32,
+        Verdict::Redirect => redirect(&work.route),
+        Verdict::Reply => {
+            // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
+            let device = unsafe { read_volatile(addr_of!((*ctx.skb.skb).ifindex)) };
+            // SAFETY: the helper takes numbers only.
+            (unsafe { bpf_redirect(device, 0) }) as i32
+        }
+    }
+}
+
+/// Lets the kernel find the neighbour's link-layer address, and wait for it where it must.
+#[inline(always)]
+fn redirect(route: &Route) -> i32 {
+    let mut to = MaybeUninit::<bpf_redir_neigh>::zeroed();
+    let place = to.as_mut_ptr();
+    // SAFETY: all fields of the zeroed struct are integers; each is written where it lies.
+    unsafe {
+        match route.next_hop.as_v4() {
+            Some(word) => {
+                addr_of_mut!((*place).nh_family).write(AF_INET);
+                addr_of_mut!((*place).__bindgen_anon_1.ipv4_nh).write(word);
+            }
+            None => {
+                addr_of_mut!((*place).nh_family).write(AF_INET6);
+                addr_of_mut!((*place).__bindgen_anon_1.ipv6_nh).write(route.next_hop.words);
+            }
+        }
+        let sent = bpf_redirect_neigh(route.device, place, size_of::<bpf_redir_neigh>() as i32, 0);
+        if sent < 0 { TC_ACT_SHOT as i32 } else { TC_ACT_REDIRECT as i32 }
+    }
+}
+
+#[inline(always)]
+fn get(ctx: &TcContext, word: usize) -> u32 {
+    // SAFETY: as in `code`; `word` is one of five.
+    unsafe { read_volatile(addr_of!((*ctx.skb.skb).cb).cast::<u32>().add(word)) }
+}
+
+#[inline(always)]
+fn set(ctx: &TcContext, word: usize, value: u32) {
+    // SAFETY: as in `get`, and the field may be written.
+    unsafe { write_volatile(addr_of_mut!((*ctx.skb.skb).cb).cast::<u32>().add(word), value) };
+}
