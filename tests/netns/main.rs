@@ -21,6 +21,7 @@ mod runtime_limits;
 mod runtime_logs;
 mod runtime_survival;
 mod service_bed;
+mod service_killed;
 mod service_nodeport;
 mod service_scenarios;
 mod service_socket;
