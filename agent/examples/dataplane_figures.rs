@@ -1,7 +1,10 @@
 //! Figures of the service data plane without an API server: programming time, one change, adoption, memory, and the
 //! price of a connection through a ClusterIP beside one straight to the endpoint.
 //!
-//!     cargo run --release -p sheave-agent --example dataplane_figures
+//!     cargo run --release -p sheave-agent --example dataplane_figures [SERVICES ENDPOINTS unique|shared]
+//!
+//! Without arguments: 10, 10,000 and 100,000 services with 4 endpoints each of their own. `shared`: all services have the
+//! same endpoints.
 //!
 //! Needs root. Works in a network namespace and a cgroup of its own and leaves nothing behind.
 
@@ -17,7 +20,7 @@ use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, setsockopt, socket, sockopt};
 use nix::unistd::Pid;
 use sheave_agent::dataplane::ebpf::cgroup2_root;
-use sheave_agent::dataplane::{DataplaneConfig, Driver, uninstall};
+use sheave_agent::dataplane::{DataplaneConfig, Driver, MapSizes, uninstall};
 use sheave_agent::service::{
     Endpoint, Event, Hint, Proto, Readiness, Service, ServicePort, Slice, SlicePort,
 };
@@ -26,9 +29,32 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const SAMPLES: usize = 20_000;
 const CHANGES: usize = 2_000;
-const ENDPOINTS: u32 = 2;
+
+/// What is measured.
+#[derive(Clone, Copy)]
+struct Size {
+    services: u32,
+    endpoints: u32,
+    shared: bool,
+}
+
+fn sizes() -> Result<Vec<Size>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [services, endpoints, kind] = args.as_slice() else {
+        return Ok([10, 10_000, 100_000]
+            .map(|services| Size { services, endpoints: 4, shared: false })
+            .into());
+    };
+    let shared = match kind.as_str() {
+        "unique" => false,
+        "shared" => true,
+        other => return Err(format!("{other:?} is neither unique nor shared").into()),
+    };
+    Ok(vec![Size { services: services.parse()?, endpoints: endpoints.parse()?, shared }])
+}
 
 fn main() -> Result<()> {
+    let sizes = sizes()?;
     unshare(CloneFlags::CLONE_NEWNET)?;
     for args in [["link", "set", "lo", "up"].as_slice(), &["addr", "add", "10.244.0.1/32", "dev", "lo"]] {
         if !Command::new("ip").args(args).status()?.success() {
@@ -45,7 +71,7 @@ fn main() -> Result<()> {
     std::fs::create_dir(&cgroup)?;
     std::fs::write(cgroup.join("cgroup.procs"), "0")?;
     let pins = std::env::temp_dir().join(&name);
-    let result = [10, 10_000, 100_000].into_iter().try_for_each(|count| measure(count, &cgroup, &pins));
+    let result = sizes.into_iter().try_for_each(|size| measure(size, &cgroup, &pins));
     if let Some(parent) = cgroup.parent() {
         std::fs::write(parent.join("cgroup.procs"), "0")?;
     }
@@ -53,8 +79,17 @@ fn main() -> Result<()> {
     result
 }
 
-fn config(cgroup: &std::path::Path, pins: &std::path::Path) -> DataplaneConfig {
+fn config(size: Size, cgroup: &std::path::Path, pins: &std::path::Path) -> DataplaneConfig {
+    // Twice what is there: a change writes the new run before the old one is free.
+    let (least, slots) = (MapSizes::default(), size.services * size.endpoints * 2);
+    let sizes = MapSizes {
+        frontends: least.frontends.max(size.services * 2),
+        slots: least.slots.max(slots),
+        backends: least.backends.max(slots),
+        ..least
+    };
     DataplaneConfig {
+        sizes,
         pin_dir: PathBuf::from(pins),
         cgroup_path: Some(cgroup.to_owned()),
         uplinks: Vec::new(),
@@ -89,43 +124,55 @@ fn slice(n: u32, endpoints: &[Ipv4Addr]) -> Event {
     })
 }
 
-/// Service 0 has the one endpoint that lives; the others have endpoints of their own.
-fn endpoints(n: u32) -> Vec<Ipv4Addr> {
+/// Service 0 has the one endpoint that lives.
+fn endpoints(size: Size, n: u32) -> Vec<Ipv4Addr> {
     if n == 0 {
         return vec![Ipv4Addr::new(10, 244, 0, 1)];
     }
-    (0..ENDPOINTS).map(|e| Ipv4Addr::from(0x0b00_0000 + n * ENDPOINTS + e)).collect()
+    let first = if size.shared { 0 } else { n * size.endpoints };
+    (0..size.endpoints).map(|e| Ipv4Addr::from(0x0b00_0000 + first + e)).collect()
 }
 
-fn all(count: u32) -> Vec<Event> {
+/// Feeds everything as the watches do: one object after the other, gone when it is taken in.
+fn feed(driver: &mut Driver, size: Size) {
     let keys = |suffix: &str| -> BTreeSet<_> {
-        (0..count).map(|n| format!("default/service-{n}{suffix}").into()).collect()
+        (0..size.services).map(|n| format!("default/service-{n}{suffix}").into()).collect()
     };
-    let mut events: Vec<Event> = (0..count).map(service).collect();
-    events.extend((0..count).map(|n| slice(n, &endpoints(n))));
-    events.extend([Event::ServicesSynced(keys("")), Event::SlicesSynced(keys("-slice"))]);
-    events
+    driver.handle((0..size.services).map(service));
+    driver.handle([Event::ServicesSynced(keys(""))]);
+    driver.handle((0..size.services).map(|n| slice(n, &endpoints(size, n))));
+    driver.handle([Event::SlicesSynced(keys("-slice"))]);
 }
 
-fn measure(count: u32, cgroup: &std::path::Path, pins: &std::path::Path) -> Result<()> {
-    let config = config(cgroup, pins);
-    let resident = resident_kib()?;
-    let events = all(count);
+fn measure(size: Size, cgroup: &std::path::Path, pins: &std::path::Path) -> Result<()> {
+    let config = config(size, cgroup, pins);
+    let count = size.services;
+    let kind = if size.shared { "shared" } else { "unique" };
+    println!("{count} services with {} {kind} endpoints each", size.endpoints);
+    let resident = resident_kib("VmRSS:")?;
     let mut driver = Driver::open(&config)?;
-    let begun = Instant::now();
-    driver.handle(events);
+    let (begun, cpu) = (Instant::now(), cpu_time()?);
+    feed(&mut driver, size);
+    let fed = begun.elapsed();
     driver.step()?;
     let filled = begun.elapsed();
+    let cpu = cpu_time()? - cpu;
+    if !driver.refused().is_empty() {
+        return Err(format!("{} services did not fit", driver.refused().len()).into());
+    }
     println!(
-        "services {count}: first fill and attach {filled:?}, resident +{} KiB",
-        resident_kib()?.saturating_sub(resident)
+        "services {count}: first fill and attach {filled:?} (CPU {cpu:?}), of that taking the events in {fed:?}; resident {} KiB, \
+         {resident} before, {} at most",
+        resident_kib("VmRSS:")?,
+        resident_kib("VmHWM:")?
     );
 
     let mut times = Vec::with_capacity(CHANGES);
     for n in 0..CHANGES as u32 {
         // Away and back again, so that every step changes something.
         let which = 1 + n / 2 * 7_919 % (count - 1);
-        let endpoints = if n % 2 == 0 { endpoints(which)[..1].to_vec() } else { endpoints(which) };
+        let all = endpoints(size, which);
+        let endpoints = if n % 2 == 0 { all[..1].to_vec() } else { all };
         let begun = Instant::now();
         driver.handle([slice(which, &endpoints)]);
         driver.step()?;
@@ -137,9 +184,13 @@ fn measure(count: u32, cgroup: &std::path::Path, pins: &std::path::Path) -> Resu
     let begun = Instant::now();
     let mut driver = Driver::open(&config)?;
     let opened = begun.elapsed();
-    driver.handle(all(count));
+    feed(&mut driver, size);
     driver.step()?;
-    println!("services {count}: adoption {opened:?}, to the first round's end {:?}", begun.elapsed());
+    println!(
+        "services {count}: adoption {opened:?}, to the first round's end {:?}, resident {} KiB",
+        begun.elapsed(),
+        resident_kib("VmRSS:")?
+    );
 
     let (mut direct, mut through) = connections()?;
     let (a, b) = (summary(&mut direct), summary(&mut through));
@@ -205,8 +256,17 @@ fn summary(times: &mut [Duration]) -> String {
     format!("p50 {:?} p90 {:?} p99 {:?} max {:?}", at(0.5), at(0.9), at(0.99), at(1.0))
 }
 
-fn resident_kib() -> Result<u64> {
+/// CPU time of this process so far.
+fn cpu_time() -> Result<Duration> {
+    let used = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
+    let time = |at: nix::sys::time::TimeVal| {
+        Duration::from_micros(at.tv_sec() as u64 * 1_000_000 + at.tv_usec() as u64)
+    };
+    Ok(time(used.user_time()) + time(used.system_time()))
+}
+
+fn resident_kib(what: &str) -> Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(what)).ok_or("no such line")?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }

@@ -454,6 +454,8 @@ pub(crate) struct ServiceSpec {
     pub(crate) ip_families: Vec<String>,
     #[serde(deserialize_with = "or_default")]
     pub(crate) publish_not_ready_addresses: bool,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) traffic_distribution: String,
 }
 
 /// One of a Service's ports.

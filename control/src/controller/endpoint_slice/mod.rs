@@ -61,6 +61,25 @@ pub(crate) struct Endpoint {
     pub(crate) target_ref: Option<TargetRef>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) zone: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hints: Option<Hints>,
+}
+
+/// For whom an endpoint is meant.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct Hints {
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "super::model::or_default")]
+    pub(crate) for_zones: Vec<Named>,
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "super::model::or_default")]
+    pub(crate) for_nodes: Vec<Named>,
+}
+
+/// A zone or a node.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default)]
+pub(crate) struct Named {
+    pub(crate) name: String,
 }
 
 /// Whether an endpoint may get traffic.
@@ -211,6 +230,9 @@ fn endpoint(seen: &Observed, pod: &Pod, family: Family) -> Option<Endpoint> {
     let terminating = meta.is_deleting();
     let ready = service.spec.publish_not_ready_addresses || (serving && !terminating);
     let hostname = &pod.spec.hostname;
+    let zone = seen.zones.get(&pod.spec.node_name);
+    let hints =
+        if ready { hints(&service.spec.traffic_distribution, &pod.spec.node_name, zone) } else { None };
     let is_host = !hostname.is_empty() && pod.spec.subdomain == service.metadata.name;
     Some(Endpoint {
         addresses: vec![address.clone()],
@@ -223,8 +245,21 @@ fn endpoint(seen: &Observed, pod: &Pod, family: Family) -> Option<Endpoint> {
             name: meta.name.clone(),
             uid: meta.uid.clone(),
         }),
-        zone: seen.zones.get(&pod.spec.node_name).cloned(),
+        zone: zone.cloned(),
+        hints,
     })
+}
+
+/// What the Service's `trafficDistribution` says to a ready endpoint of this node and zone (KEP-4444, KEP-3015).
+fn hints(distribution: &str, node: &str, zone: Option<&String>) -> Option<Hints> {
+    let named = |name: &str| Named { name: name.to_owned() };
+    let for_zones: Vec<Named> = zone.into_iter().map(|zone| named(zone)).collect();
+    let hints = match distribution {
+        "PreferClose" | "PreferSameZone" => Hints { for_zones, for_nodes: Vec::new() },
+        "PreferSameNode" if !node.is_empty() => Hints { for_zones, for_nodes: vec![named(node)] },
+        _ => return None,
+    };
+    (hints != Hints::default()).then_some(hints)
 }
 
 /// When the last change happened that the slices have to follow, as far as the objects tell.

@@ -121,6 +121,33 @@ fn a_slice_says_all_about_its_pods() {
 }
 
 #[test]
+fn hints_follow_the_traffic_distribution() {
+    let (zone, node) = (json!([{"name": "z1"}]), json!([{"name": "n1"}]));
+    for (distribution, node_name, wanted) in [
+        ("", "n1", json!(null)),
+        ("PreferClose", "n1", json!({"forZones": zone})),
+        ("PreferSameZone", "n1", json!({"forZones": zone})),
+        ("PreferSameNode", "n1", json!({"forZones": zone, "forNodes": node})),
+        ("PreferSameNode", "n2", json!({"forNodes": [{"name": "n2"}]})),
+        ("PreferSameZone", "n2", json!(null)),
+    ] {
+        let service = service(json!({"spec": {"trafficDistribution": distribution}}));
+        let unready = json!({"spec": {"nodeName": node_name}, "status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+        let pods = vec![pod(1, json!({"spec": {"nodeName": node_name}})), pod(2, unready)];
+        let mut seen = seen(service, pods, Vec::new());
+        let actions = reconcile(&seen);
+        apply(&mut seen, &actions, &mut 0);
+        let hints: Vec<Value> = seen.slices[0]
+            .endpoints
+            .iter()
+            .map(|endpoint| serde_json::to_value(&endpoint.hints).unwrap())
+            .collect();
+        assert_eq!(hints, [wanted, json!(null)], "{distribution} on {node_name}");
+        assert_eq!(reconcile(&seen), [], "hints that were read are those that were written");
+    }
+}
+
+#[test]
 fn conditions_follow_readiness_and_deletion() {
     let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
     let deleting = json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:09Z"}});

@@ -465,6 +465,11 @@ fn wants_ports(service: &Value) -> bool {
 /// Carries allocated values over to an update that leaves them out, and drops those that came with the old type and
 /// were sent back unchanged.
 fn carry_over(service: &mut Value, old: &Value) {
+    let balanced = |service: &Value| str_at(service, &["spec", "type"]) == "LoadBalancer";
+    if balanced(old) && !balanced(service) {
+        // Nobody sends there any more.
+        object::map_mut(service, "status").insert("loadBalancer".to_owned(), json!({}));
+    }
     let (ip_kept, ports_kept) =
         (wants_ip(service) && wants_ip(old), wants_ports(service) && wants_ports(old));
     let (ports_dropped, old_ports) =
@@ -517,6 +522,7 @@ fn drop_stale(spec: &mut Map<String, Value>, old: &Value) {
         ("externalTrafficPolicy", exposed),
         ("allocateLoadBalancerNodePorts", kind == "LoadBalancer"),
         ("loadBalancerClass", kind == "LoadBalancer"),
+        ("loadBalancerSourceRanges", kind == "LoadBalancer"),
         ("sessionAffinityConfig", sticky),
         ("internalTrafficPolicy", kind != "ExternalName"),
         ("externalName", kind == "ExternalName"),

@@ -8,6 +8,15 @@ use super::{child, items, set};
 const AFFINITY_DEFAULT_SECONDS: i64 = 10_800;
 
 pub(super) fn service(object: &mut Value) {
+    let balancer = object.get_mut("status").and_then(|status| status.get_mut("loadBalancer"));
+    for point in
+        balancer.and_then(Value::as_object_mut).into_iter().flat_map(|status| items(status, "ingress"))
+    {
+        if point.get("ip").is_some_and(|ip| ip != "") {
+            // Without word the balancer hands packets over as they are (KEP-1860).
+            set(point, "ipMode", "VIP");
+        }
+    }
     let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) else { return };
     set(spec, "type", "ClusterIP");
     set(spec, "sessionAffinity", "None");

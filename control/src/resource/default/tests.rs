@@ -169,6 +169,16 @@ fn services() {
     assert_eq!(got["spec"]["allocateLoadBalancerNodePorts"], true);
     let got = defaulted(&SERVICES, json!({"spec": {"type": "ExternalName", "externalName": "x"}}));
     assert_eq!(got["spec"].get("internalTrafficPolicy"), None);
+    let points =
+        json!([{"ip": "198.51.100.1"}, {"ip": "198.51.100.2", "ipMode": "Proxy"}, {"hostname": "a.b"}]);
+    let got = defaulted(&SERVICES, json!({"spec": {}, "status": {"loadBalancer": {"ingress": points}}}));
+    let modes: Vec<_> = got["status"]["loadBalancer"]["ingress"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p.get("ipMode"))
+        .collect();
+    assert_eq!(modes, [Some(&json!("VIP")), Some(&json!("Proxy")), None]);
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! Services. That addresses are free and in range is the allocator's to say.
 
+use std::net::IpAddr;
+
 use ipnetwork::IpNetwork;
 use serde_json::Value;
 
 use super::faults::Faults;
 use super::probe::{PORT_MAX, int_or_name};
-use super::{changed, meta, pod};
+use super::{changed, meta, pod, small};
 use crate::resource::names;
 use crate::resource::object::{int_at, items_at, map_at, str_at};
 use crate::resource::path::Path;
@@ -14,6 +16,9 @@ use crate::resource::path::Path;
 const AFFINITY_MAX_SECONDS: i64 = 86_400;
 
 pub(super) fn service(new: &Value, old: Option<&Value>, faults: &mut Faults) {
+    if changed("status", new, old) {
+        status(new, faults);
+    }
     if !changed("spec", new, old) {
         return;
     }
@@ -41,8 +46,30 @@ pub(super) fn service(new: &Value, old: Option<&Value>, faults: &mut Faults) {
     }
     ports(spec, kind, &path, faults);
     policies(spec, kind, &path, faults);
+    outside(spec, kind, &path, faults);
+    if let Some(old) = old.and_then(|o| o.get("spec")) {
+        addresses_stay(spec, old, kind, &path, faults);
+        balancer_stays(spec, old, kind, &path, faults);
+    }
+}
+
+/// How the world outside reaches the service.
+fn outside(spec: &Value, kind: &str, path: &Path<'_>, faults: &mut Faults) {
     for (i, address) in items_at(spec, &["externalIPs"]).iter().enumerate() {
-        pod::ip(address.as_str().unwrap_or(""), &path.key("externalIPs").at(i), faults);
+        let (text, list) = (address.as_str().unwrap_or(""), path.key("externalIPs"));
+        let field = list.at(i);
+        let unusable = match text.parse() {
+            Ok(IpAddr::V4(ip)) => small::unusable_v4(ip),
+            Ok(IpAddr::V6(ip)) => small::unusable_v6(ip),
+            Err(_) => false,
+        };
+        if unusable {
+            let why =
+                "may not be unspecified, loopback, link-local or multicast; use an address that is routed";
+            faults.invalid_text(&field, text, why);
+        } else {
+            pod::ip(text, &field, faults);
+        }
     }
     let ranges = path.key("loadBalancerSourceRanges");
     for (i, range) in items_at(spec, &["loadBalancerSourceRanges"]).iter().enumerate() {
@@ -51,9 +78,57 @@ pub(super) fn service(new: &Value, old: Option<&Value>, faults: &mut Faults) {
             faults.invalid_text(&ranges.at(i), text, "must be a CIDR (such as 10.0.0.0/24)");
         }
     }
-    if let Some(old) = old.and_then(|o| o.get("spec")) {
-        addresses_stay(spec, old, kind, &path, faults);
+    let balanced = kind == "LoadBalancer";
+    if !balanced && !items_at(spec, &["loadBalancerSourceRanges"]).is_empty() {
+        faults.forbidden(&ranges, "may only be used when `type` is 'LoadBalancer'");
     }
+    if spec.get("allocateLoadBalancerNodePorts").is_some() && !balanced {
+        faults.forbidden(
+            &path.key("allocateLoadBalancerNodePorts"),
+            "may only be used when `type` is 'LoadBalancer'",
+        );
+    }
+    let class = str_at(spec, &["loadBalancerClass"]);
+    if !class.is_empty() {
+        let field = path.key("loadBalancerClass");
+        if !balanced {
+            faults.forbidden(&field, "may only be used when `type` is 'LoadBalancer'");
+        }
+        faults.check(&field, class, names::qualified_name(class));
+    }
+}
+
+/// What a load balancer has reported.
+fn status(service: &Value, faults: &mut Faults) {
+    let status = Path::Root.key("status");
+    let path = status.key("loadBalancer");
+    let Some(status) = service.get("status").and_then(|status| status.get("loadBalancer")) else { return };
+    let balanced = str_at(service, &["spec", "type"]) == "LoadBalancer";
+    let points = items_at(status, &["ingress"]);
+    if !balanced && !points.is_empty() {
+        faults.forbidden(&path.key("ingress"), "may only be used when `spec.type` is 'LoadBalancer'");
+    }
+    super::each(status, "ingress", &path, faults, |point, path, faults| {
+        let (ip, mode) = (str_at(point, &["ip"]), str_at(point, &["ipMode"]));
+        if !ip.is_empty() {
+            pod::ip(ip, &path.key("ip"), faults);
+        } else if !mode.is_empty() {
+            faults.forbidden(&path.key("ipMode"), "may not be set without `ip`");
+        }
+        faults.one_of(&path.key("ipMode"), mode, &["Proxy", "VIP"]);
+        let hostname = str_at(point, &["hostname"]);
+        if !hostname.is_empty() {
+            let field = path.key("hostname");
+            faults.check(&field, hostname, names::dns1123_subdomain(hostname));
+            if hostname.parse::<IpAddr>().is_ok() {
+                faults.invalid_text(
+                    &field,
+                    hostname,
+                    "must be a DNS name, not an IP address; set `ip` instead",
+                );
+            }
+        }
+    });
 }
 
 fn external_name(spec: &Value, path: &Path<'_>, faults: &mut Faults) {
@@ -146,16 +221,12 @@ fn policies(spec: &Value, kind: &str, path: &Path<'_>, faults: &mut Faults) {
             "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'",
         );
     }
-    if spec.get("allocateLoadBalancerNodePorts").is_some() && kind != "LoadBalancer" {
-        faults.forbidden(
-            &path.key("allocateLoadBalancerNodePorts"),
-            "may only be used when `type` is 'LoadBalancer'",
-        );
-    }
-    let class = str_at(spec, &["loadBalancerClass"]);
-    if !class.is_empty() {
-        faults.check(&path.key("loadBalancerClass"), class, names::qualified_name(class));
-    }
+    let distribution = str_at(spec, &["trafficDistribution"]);
+    faults.one_of(
+        &path.key("trafficDistribution"),
+        distribution,
+        &["PreferClose", "PreferSameNode", "PreferSameZone"],
+    );
 }
 
 fn addresses_stay(new: &Value, old: &Value, kind: &str, path: &Path<'_>, faults: &mut Faults) {
@@ -168,6 +239,29 @@ fn addresses_stay(new: &Value, old: &Value, kind: &str, path: &Path<'_>, faults:
             &path.key("clusterIPs").at(0),
             now,
             format_args!("may not change once set (it is {before}); delete the service and create it anew"),
+        );
+    }
+}
+
+/// What the balancer outside was told stays while it balances.
+fn balancer_stays(new: &Value, old: &Value, kind: &str, path: &Path<'_>, faults: &mut Faults) {
+    if kind != "LoadBalancer" || str_at(old, &["type"]) != "LoadBalancer" {
+        return;
+    }
+    if new.get("loadBalancerClass") != old.get("loadBalancerClass") {
+        faults.invalid_text(
+            &path.key("loadBalancerClass"),
+            str_at(new, &["loadBalancerClass"]),
+            "may not change once set; delete the service and create it anew",
+        );
+    }
+    let health = |spec| int_at(spec, &["healthCheckNodePort"]).unwrap_or(0);
+    let local = |spec| str_at(spec, &["externalTrafficPolicy"]) == "Local";
+    if local(new) && local(old) && health(old) != 0 && health(new) != health(old) {
+        faults.invalid(
+            &path.key("healthCheckNodePort"),
+            health(new),
+            "may not change once set; delete the service and create it anew",
         );
     }
 }

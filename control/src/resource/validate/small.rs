@@ -232,11 +232,11 @@ fn endpoint(endpoint: &Value, family: &str, path: &Path<'_>, faults: &mut Faults
     }
 }
 
-fn unusable_v4(ip: Ipv4Addr) -> bool {
+pub(super) fn unusable_v4(ip: Ipv4Addr) -> bool {
     ip.is_unspecified() || ip.is_loopback() || ip.is_link_local() || ip.is_multicast()
 }
 
-fn unusable_v6(ip: Ipv6Addr) -> bool {
+pub(super) fn unusable_v6(ip: Ipv6Addr) -> bool {
     ip.is_unspecified() || ip.is_loopback() || ip.is_unicast_link_local() || ip.is_multicast()
 }
 

@@ -1,6 +1,7 @@
 //! Objects that pass, and each way to fail: what is changed in a good object, and which field is blamed with what.
 
 mod pod;
+mod service;
 mod workload;
 
 use serde_json::{Map, json};
