@@ -22,6 +22,8 @@ mod runtime_logs;
 mod runtime_survival;
 mod service_bed;
 mod service_killed;
+mod service_nft;
+mod service_nft_bed;
 mod service_nodeport;
 mod service_scenarios;
 mod service_socket;

@@ -63,6 +63,11 @@ const PACKAGES: &[Packages] = &[
     },
     Packages {
         groups: &[Group::Test],
+        why: "rules as kube-proxy lays them, which are to be found and removed",
+        names: &["nftables", "iptables"],
+    },
+    Packages {
+        groups: &[Group::Test],
         why: "virtual machines with other kernels, and an image for test pods",
         names: &["qemu-system-x86", "busybox-static", "kmod", "xz-utils", "zstd", "lz4"],
     },

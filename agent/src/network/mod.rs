@@ -9,7 +9,7 @@ mod act;
 mod error;
 mod ipam;
 mod leases;
-mod netlink;
+pub(crate) mod netlink;
 mod node;
 mod plan;
 mod reconcile;

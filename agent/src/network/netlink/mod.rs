@@ -4,8 +4,12 @@
 //! Blocking, one socket a [`Connection`]: requests take microseconds, and a socket belongs for good to the network
 //! namespace of the thread that opened it.
 
+pub(crate) mod conntrack;
 mod convert;
 mod filter;
+pub(crate) mod nfnl;
+pub(crate) mod nft;
+pub(crate) mod nft_expr;
 
 pub(crate) use filter::has_clsact_filter;
 
