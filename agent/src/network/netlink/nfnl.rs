@@ -170,12 +170,6 @@ impl Batch {
         self.labels.is_empty()
     }
 
-    /// Messages so far.
-    #[cfg(test)]
-    pub(crate) fn messages(&self) -> usize {
-        self.labels.len()
-    }
-
     fn close(&mut self) {
         // The last message is acknowledged once the transaction is committed.
         let flags = self.last.0 + 6;
