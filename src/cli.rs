@@ -279,6 +279,11 @@ pub(crate) struct ServiceFlags {
     #[arg(long, value_name = "MAP=N", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) service_map_sizes: Vec<String>,
+    /// What is done about rules that a kube-proxy left on the host: refuse to start, cleanup, or ignore
+    /// [default: refuse]
+    #[arg(long, value_name = "refuse|cleanup|ignore")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) kube_proxy_leftovers: Option<String>,
     /// Where /healthz and /livez answer load balancers as kube-proxy's do [default: 0.0.0.0:10256]
     #[arg(long, value_name = "ADDR:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -160,6 +160,7 @@ pub fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneC
         masquerade_all: services.masquerade_all,
         xdp: services.xdp,
         ipvs_scheduler: services.ipvs_scheduler,
+        kube_proxy_leftovers: services.kube_proxy_leftovers,
         sizes: services.map_sizes.sizes(u64::try_from(node::read_memory().0).unwrap_or(0)),
         run_dir: Some(config.run_dir.clone()),
         pin_dir: config.pin_dir.clone(),

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, anyhow, bail};
 use sheave_agent::AgentConfig;
-use sheave_agent::dataplane::{MapEntries, Mode, NodePortAddresses};
+use sheave_agent::dataplane::{KubeProxyLeftovers, MapEntries, Mode, NodePortAddresses};
 use sheave_agent::service::IpvsScheduler;
 
 use super::agent::set as set_if;
@@ -24,6 +24,11 @@ pub(super) fn set(config: &mut AgentConfig, flags: &ServiceFlags) -> Result<()> 
         services.ipvs_scheduler = IpvsScheduler::from_name(name).with_context(|| {
             let names: Vec<_> = IpvsScheduler::ALL.iter().map(|(_, name)| *name).collect();
             format!("--ipvs-scheduler {name:?}: there are {}", names.join(", "))
+        })?;
+    }
+    if let Some(name) = &flags.kube_proxy_leftovers {
+        services.kube_proxy_leftovers = KubeProxyLeftovers::from_name(name).with_context(|| {
+            format!("--kube-proxy-leftovers {name:?}: there are refuse, cleanup and ignore")
         })?;
     }
     services.pod_links.clone_from(&flags.pod_link);

@@ -2,6 +2,7 @@
 //! goes wrong with a write, the next round starts from what the kernel really holds.
 
 use super::choice::{self, Active};
+use super::foreign;
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, StatsHandle};
 use crate::limits;
 use crate::service::{Changes, Event, NodeFacts, ObjectKey, Observed, Planner, Refusal, Table};
@@ -37,6 +38,7 @@ pub struct Driver {
 impl Driver {
     /// Opens the data plane and adopts what it holds.
     pub fn open(config: &DataplaneConfig) -> Result<Self, DataplaneError> {
+        foreign::meet(config)?;
         let choice::Chosen { plane, active } = choice::open(config)?;
         let mut driver = Self::over(plane, config.stats.clone())?;
         driver.chosen = Some((config.clone(), active));

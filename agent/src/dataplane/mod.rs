@@ -6,6 +6,7 @@
 pub mod choice;
 mod driver;
 pub mod ebpf;
+mod foreign;
 mod ipvs;
 pub mod mirror;
 mod nftables;
@@ -15,6 +16,7 @@ mod stats;
 pub(crate) use driver::Notice;
 pub use driver::{Driver, Feed, run};
 pub use ebpf::{Lookup, ServiceRow, list, uninstall};
+pub use foreign::KubeProxyLeftovers;
 pub use settings::{MapEntries, ServiceSettings};
 pub use stats::{DataplaneStats, StatsHandle};
 
@@ -144,6 +146,8 @@ pub struct DataplaneConfig {
     /// Where the active mode is remembered, so that the next start can remove it when it chooses another; `None`
     /// remembers nothing.
     pub run_dir: Option<PathBuf>,
+    /// What is done about rules that a kube-proxy left in this network namespace.
+    pub kube_proxy_leftovers: KubeProxyLeftovers,
     /// Where the current figures are put for `/metrics`; keep a clone.
     pub stats: StatsHandle,
 }
@@ -166,6 +170,7 @@ impl Default for DataplaneConfig {
             ipvs_scheduler: IpvsScheduler::Rr,
             sizes: MapSizes::default(),
             run_dir: None,
+            kube_proxy_leftovers: KubeProxyLeftovers::default(),
             stats: StatsHandle::default(),
         }
     }
@@ -227,6 +232,14 @@ pub enum DataplaneError {
         hook: String,
         /// Why not.
         source: io::Error,
+    },
+    /// A kube-proxy was here.
+    #[error(
+        "a kube-proxy left {what}: stop it, then let `--kube-proxy-leftovers cleanup` remove that, or `ignore` leave it"
+    )]
+    Leftovers {
+        /// What was found.
+        what: String,
     },
     /// Something else of the host failed.
     #[error("cannot {op}")]

@@ -1,7 +1,7 @@
 //! What an operator may say about balancing, as settings file and flags have it. Invariant: everything has a default,
 //! and what is left open is filled in from the host by a function that reads nothing itself.
 
-use super::{MapSizes, Mode, NodePortAddresses};
+use super::{KubeProxyLeftovers, MapSizes, Mode, NodePortAddresses};
 use crate::limits;
 use crate::service::IpvsScheduler;
 use ipnetwork::IpNetwork;
@@ -26,6 +26,8 @@ pub struct ServiceSettings {
     pub pod_links: Vec<String>,
     /// Entries of the eBPF maps, where they are not to follow from the host's memory.
     pub map_sizes: MapEntries,
+    /// What is done about rules that a kube-proxy left on the host.
+    pub kube_proxy_leftovers: KubeProxyLeftovers,
     /// Where `/healthz` and `/livez` are served as kube-proxy does, for load balancers.
     pub proxy_health_listen: SocketAddr,
 }
@@ -40,6 +42,7 @@ impl Default for ServiceSettings {
             ipvs_scheduler: IpvsScheduler::Rr,
             pod_links: Vec::new(),
             map_sizes: MapEntries::default(),
+            kube_proxy_leftovers: KubeProxyLeftovers::default(),
             proxy_health_listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 10256)),
         }
     }

@@ -147,6 +147,7 @@ impl Nftables {
     fn change(&mut self, touched: &Touched) -> Result<(), DataplaneError> {
         let mut tx = Transaction::new(schema::TABLE_FAMILY, schema::TABLE);
         self.state.update(touched, &self.mirror, &mut tx);
+        tracing::trace!(elements = tx.elements(), rules = tx.rules(), "nftables transaction");
         tx.commit(&mut self.netfilter).map_err(Self::error)
     }
 

@@ -347,3 +347,115 @@ fn outermost<'a>(ranges: impl Iterator<Item = &'a IpNetwork>) -> Vec<IpNetwork> 
     }
     kept
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::schema::{TABLE, TABLE_FAMILY};
+    use super::*;
+    use crate::service::{Capacity, Changes, Counts, DesiredPort, FrontendPolicy, Observed, Proto, Table};
+
+    const ROOM: Capacity = Capacity {
+        frontends4: 100,
+        frontends6: 100,
+        slots: 10_000,
+        backends: 10_000,
+        members: 10_000,
+        ranges: 100,
+        maglevs: 10,
+    };
+
+    /// Planner's table, mirror and state, fed with one service.
+    struct Bench {
+        table: Table,
+        mirror: Mirror,
+        state: State,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Self {
+                table: Table::adopt(ROOM, &Observed::default()),
+                mirror: Mirror::default(),
+                state: State::default(),
+            }
+        }
+
+        /// Makes these the service's endpoints, all on this node, and says how many elements and rules that took.
+        fn set(&mut self, backends: &[BackendAddr], policy: FrontendPolicy) -> (usize, usize) {
+            let key = |addr: [u8; 4]| FrontendKey { addr: addr.into(), port: 80, proto: Proto::Tcp };
+            let wanted = DesiredPort {
+                frontends: vec![
+                    (key([10, 96, 0, 1]), policy),
+                    (key([0; 4]), FrontendPolicy { external_local: true, ..policy }),
+                ],
+                backends: backends.to_vec(),
+                counts: Counts { local_ready: backends.len(), ..Counts::default() },
+                source_ranges: Vec::new(),
+            };
+            let mut changes = Changes::default();
+            self.table.set(&"a/b".into(), &[wanted], &mut changes).expect("there is room");
+            let touched = self.mirror.apply(&changes);
+            let mut tx = Transaction::new(TABLE_FAMILY, TABLE);
+            self.state.update(&touched, &self.mirror, &mut tx);
+            self.table.settle();
+            (tx.elements(), tx.rules())
+        }
+    }
+
+    fn at(n: u16) -> BackendAddr {
+        let [high, low] = n.to_be_bytes();
+        BackendAddr { addr: [10, 244, high, low].into(), port: 80, proto: Proto::Tcp }
+    }
+
+    #[test]
+    fn one_endpoint_of_many_costs_few_elements() {
+        let mut bench = Bench::new();
+        let all: Vec<_> = (1..=5000).map(at).collect();
+        let (elements, _) = bench.set(&all, FrontendPolicy::default());
+        assert!(elements > 5000);
+        // The first one leaves: the last takes its place in two pools, two frontends get another plan, each of which is
+        // a deletion and an addition or two; chains of the old number go, chains of the new one come.
+        let (elements, _) = bench.set(&all[1..], FrontendPolicy::default());
+        assert!(elements <= 20, "{elements}");
+        // It is replaced by another: no plan changes.
+        let mut replaced = all[1..].to_vec();
+        replaced[7] = at(6000);
+        let (elements, rules) = bench.set(&replaced, FrontendPolicy::default());
+        assert!(elements <= 6, "{elements}");
+        assert_eq!(rules, 0);
+        assert_eq!(bench.set(&replaced, FrontendPolicy::default()), (0, 0));
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_service_that_goes() {
+        let mut bench = Bench::new();
+        let policy = FrontendPolicy { affinity_timeout_s: 10, ..FrontendPolicy::default() };
+        bench.set(&[at(1), at(2)], policy);
+        assert!(bench.state.rule_count() > 0);
+        let mut changes = Changes::default();
+        bench.table.set(&"a/b".into(), &[], &mut changes).expect("removed");
+        let touched = bench.mirror.apply(&changes);
+        let mut tx = Transaction::new(TABLE_FAMILY, TABLE);
+        bench.state.update(&touched, &bench.mirror, &mut tx);
+        assert!(bench.state.services.is_empty() && bench.state.hairpins.is_empty());
+        assert_eq!(bench.state.rule_count(), 0);
+        assert!(tx.elements() > 0);
+    }
+
+    #[test]
+    fn places_are_kept_as_far_as_possible() {
+        let of = |ns: &[u16]| ns.iter().map(|n| at(*n)).collect::<Vec<_>>();
+        assert_eq!(rearranged(&of(&[1, 2, 3, 4]), &of(&[2, 3, 4])), of(&[4, 2, 3]));
+        assert_eq!(rearranged(&of(&[4, 2, 3]), &of(&[2, 3, 4, 5])), of(&[4, 2, 3, 5]));
+        assert_eq!(rearranged(&of(&[1, 2]), &of(&[3])), of(&[3]));
+        assert_eq!(rearranged(&of(&[1, 1, 2]), &of(&[1, 2, 2])), of(&[1, 2, 2]));
+        assert_eq!(rearranged(&of(&[1]), &of(&[])), of(&[]));
+    }
+
+    #[test]
+    fn ranges_inside_of_others_are_left_out() {
+        let of = |all: &[&str]| all.iter().map(|r| r.parse().unwrap()).collect::<Vec<IpNetwork>>();
+        let ranges = of(&["10.1.0.0/16", "10.0.0.0/8", "192.0.2.0/24", "10.0.0.0/8", "2001:db8::/32"]);
+        assert_eq!(outermost(ranges.iter()), of(&["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/32"]));
+    }
+}

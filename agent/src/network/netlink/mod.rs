@@ -29,6 +29,16 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::limits;
 
+/// Whether there is a link of that name in the calling thread's network namespace.
+pub(crate) fn has_link(name: &str) -> io::Result<bool> {
+    Ok(Connection::open()?.link(name)?.is_some())
+}
+
+/// Removes a link from the calling thread's network namespace; false where there was none.
+pub(crate) fn delete_link(name: &str) -> io::Result<bool> {
+    Connection::open()?.delete_link(name)
+}
+
 /// Bytes received at a time: more than the kernel puts into one datagram of a dump.
 const RECEIVE_BYTES: usize = 64 << 10;
 

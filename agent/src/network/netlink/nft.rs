@@ -21,6 +21,7 @@ const NEW_TABLE: u8 = 0;
 const GET_TABLE: u8 = 1;
 const DEL_TABLE: u8 = 2;
 const NEW_CHAIN: u8 = 3;
+const GET_CHAIN: u8 = 4;
 const DEL_CHAIN: u8 = 5;
 const NEW_RULE: u8 = 6;
 const GET_RULE: u8 = 7;
@@ -202,6 +203,7 @@ pub(crate) struct Transaction<'a> {
     /// Elements that wait for their message.
     waiting: Option<Waiting>,
     rules: usize,
+    elements: usize,
 }
 
 #[derive(Debug)]
@@ -214,12 +216,17 @@ struct Waiting {
 impl<'a> Transaction<'a> {
     /// An empty one.
     pub(crate) fn new(family: u8, table: &'a str) -> Self {
-        Self { batch: Batch::new(SUBSYSTEM), family, table, waiting: None, rules: 0 }
+        Self { batch: Batch::new(SUBSYSTEM), family, table, waiting: None, rules: 0, elements: 0 }
     }
 
     /// Rules added so far.
     pub(crate) fn rules(&self) -> usize {
         self.rules
+    }
+
+    /// Elements added and deleted so far.
+    pub(crate) fn elements(&self) -> usize {
+        self.elements
     }
 
     fn message(
@@ -275,6 +282,14 @@ impl<'a> Transaction<'a> {
     /// Removes all rules of a chain.
     pub(crate) fn flush_chain(&mut self, name: &str) {
         self.message(DEL_RULE, 0, format!("flush chain {name}"), |writer| writer.put_str(2, name));
+    }
+
+    /// Removes one rule.
+    pub(crate) fn delete_rule(&mut self, chain: &str, handle: u64) {
+        self.message(DEL_RULE, 0, format!("delete a rule of chain {chain}"), |writer| {
+            writer.put_str(2, chain);
+            writer.put_u64(3, handle);
+        });
     }
 
     /// Removes an empty chain.
@@ -341,6 +356,7 @@ impl<'a> Transaction<'a> {
     }
 
     fn element(&mut self, kind: u8, set: &'static str, element: Element<'_>) {
+        self.elements += 1;
         let full = self.waiting.as_ref().is_some_and(|waiting| {
             waiting.kind != kind || waiting.set != set || waiting.elements.len() > ELEMENTS_BYTES_MAX
         });
@@ -404,6 +420,17 @@ pub(super) fn verdict(writer: &mut Writer, kind: u16, verdict: Verdict<'_>) {
     writer.end(at);
 }
 
+/// A chain as the kernel shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ChainRow {
+    /// `NFPROTO_…`.
+    pub(crate) family: u8,
+    /// Its table.
+    pub(crate) table: String,
+    /// Its name.
+    pub(crate) name: String,
+}
+
 /// A rule as the kernel shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RuleRow {
@@ -428,6 +455,21 @@ impl Netfilter {
         let read =
             |bytes: &[u8]| attribute(bytes, 4).and_then(|v| v.try_into().ok()).map_or(0, u64::from_be_bytes);
         self.get(SUBSYSTEM, GET_TABLE, family, |writer| writer.put_str(1, table), read)
+    }
+
+    /// All chains of a family.
+    pub(crate) fn chains(&mut self, family: u8) -> io::Result<Vec<ChainRow>> {
+        let read = |bytes: &[u8]| {
+            let (table, name) = (attribute(bytes, 1)?, attribute(bytes, 3)?);
+            Some(ChainRow { family, table: text(table), name: text(name) })
+        };
+        self.dump(SUBSYSTEM, GET_CHAIN, family, |_| {}, read)
+    }
+
+    /// All tables of a family.
+    pub(crate) fn tables(&mut self, family: u8) -> io::Result<Vec<String>> {
+        let read = |bytes: &[u8]| attribute(bytes, 1).map(text);
+        self.dump(SUBSYSTEM, GET_TABLE, family, |_| {}, read)
     }
 
     /// All rules of a table.
