@@ -391,6 +391,7 @@ mod tests {
                 backends: backends.to_vec(),
                 counts: Counts { local_ready: backends.len(), ..Counts::default() },
                 source_ranges: Vec::new(),
+                dormant: Vec::new(),
             };
             let mut changes = Changes::default();
             self.table.set(&"a/b".into(), &[wanted], &mut changes).expect("there is room");
