@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use ipnetwork::IpNetwork;
 use netlink_packet_route::address::{
-    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope, CacheInfo,
 };
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
@@ -93,6 +93,15 @@ pub(super) fn new_veth(pair: &VethPair<'_>) -> Message {
     Message::NewLink(message)
 }
 
+pub(super) fn new_dummy(name: &str) -> Message {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(name.to_owned()),
+        LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Dummy)]),
+    ];
+    Message::NewLink(message)
+}
+
 pub(super) fn set_link(index: u32, change: &LinkChange<'_>) -> Message {
     let mut message = LinkMessage::default();
     message.header.index = index;
@@ -111,7 +120,7 @@ pub(super) fn delete_link(name: &str) -> Message {
     Message::DelLink(message)
 }
 
-pub(super) fn new_address(link: u32, ip: IpAddr) -> Message {
+fn full_address(link: u32, ip: IpAddr) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = family(ip);
     message.header.prefix_len = full_length(ip);
@@ -121,7 +130,28 @@ pub(super) fn new_address(link: u32, ip: IpAddr) -> Message {
         message.header.flags = AddressHeaderFlags::Nodad;
     }
     message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+    message
+}
+
+pub(super) fn new_address(link: u32, ip: IpAddr) -> Message {
+    Message::NewAddress(full_address(link, ip))
+}
+
+/// Of IPv4 addresses the scope keeps them from being sources, of IPv6 addresses that they are deprecated.
+pub(super) fn new_quiet_address(link: u32, ip: IpAddr) -> Message {
+    let mut message = full_address(link, ip);
+    if ip.is_ipv4() {
+        message.header.scope = AddressScope::Host;
+    } else {
+        let mut deprecated = CacheInfo::default();
+        deprecated.ifa_valid = u32::MAX;
+        message.attributes.push(AddressAttribute::CacheInfo(deprecated));
+    }
     Message::NewAddress(message)
+}
+
+pub(super) fn delete_address(link: u32, ip: IpAddr) -> Message {
+    Message::DelAddress(full_address(link, ip))
 }
 
 pub(super) fn new_neighbour(neighbour: &Neighbour) -> Message {

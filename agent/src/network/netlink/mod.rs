@@ -4,14 +4,18 @@
 //! Blocking, one socket a [`Connection`]: requests take microseconds, and a socket belongs for good to the network
 //! namespace of the thread that opened it.
 
+mod address_device;
 pub(crate) mod conntrack;
 mod convert;
 mod filter;
+mod generic;
 pub(crate) mod nfnl;
 pub(crate) mod nft;
 pub(crate) mod nft_expr;
 
+pub(crate) use address_device::AddressDevice;
 pub(crate) use filter::has_clsact_filter;
+pub(crate) use generic::{Attributes, Generic, attributes};
 
 use std::io;
 use std::net::IpAddr;
@@ -179,6 +183,11 @@ impl Connection {
         self.change(convert::new_veth(pair), NLM_F_CREATE | NLM_F_EXCL)
     }
 
+    /// Makes a dummy link.
+    fn create_dummy(&mut self, name: &str) -> io::Result<()> {
+        self.change(convert::new_dummy(name), NLM_F_CREATE | NLM_F_EXCL)
+    }
+
     /// Changes a link.
     pub(super) fn set_link(&mut self, index: u32, change: &LinkChange<'_>) -> io::Result<()> {
         self.change(convert::set_link(index, change), 0)
@@ -196,6 +205,16 @@ impl Connection {
     /// Gives a link an address of full prefix length, without duplicate address detection.
     pub(super) fn set_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
         self.change(convert::new_address(link, ip), NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    /// Gives a link an address that is never chosen as the source of what goes elsewhere.
+    fn set_quiet_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+        self.change(convert::new_quiet_address(link, ip), NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    /// Takes an address of full prefix length from a link.
+    fn delete_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+        self.change(convert::delete_address(link, ip), 0)
     }
 
     /// Makes a permanent neighbour.
