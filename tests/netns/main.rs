@@ -1,11 +1,13 @@
 //! Ring netns: the real kernel, nodes as network namespaces. One file a subject; what is named `service_`,
-//! `runtime_` or `kernel_` also runs on the kernels of ring vm.
+//! `runtime_` or `kernel_` also runs on the kernels of ring vm; what is named `ipvs_` runs only there.
 
 mod bad_input;
 mod control_disk_full;
 mod image_archive;
 mod image_hostile;
 mod image_import;
+mod ipvs_bed;
+mod ipvs_services;
 mod kernel_basics;
 mod kubectl;
 mod load_services;

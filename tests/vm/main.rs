@@ -1,4 +1,4 @@
-//! Ring vm: the netns suite's `service_…`, `runtime_…` and `kernel_…` tests on other kernels (the oldest that is
+//! Ring vm: the netns suite's `service_…`, `runtime_…`, `kernel_…` and `ipvs_…` tests on other kernels (the oldest that is
 //! promised, and the newest that Debian has; pure cgroup v2). One boot a kernel; each test that ran in a guest is
 //! reported here under `<kernel>::<its name>`, in the words of an ordinary test program, so that it is counted.
 
@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
 /// Which tests of the netns suite say something about a kernel.
-const SUBJECTS: [&str; 3] = ["kernel_", "runtime_", "service_"];
+const SUBJECTS: [&str; 4] = ["ipvs_", "kernel_", "runtime_", "service_"];
 
 /// Where tests report that they skipped themselves.
 const SKIP_FILE: &str = "SHEAVE_SKIP_FILE";

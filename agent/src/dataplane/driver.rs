@@ -204,7 +204,7 @@ fn interface_addresses() -> Result<BTreeSet<IpAddr>, DataplaneError> {
     let found = nix::ifaddrs::getifaddrs()
         .map_err(|e| DataplaneError::Host { op: "list the interfaces' addresses", source: e.into() })?;
     // What the node has for services only is not the node's.
-    let addresses = found.filter(|at| at.interface_name != ipvs::DEVICE).filter_map(|at| {
+    let addresses = found.filter(|at| at.interface_name != super::ipvs::DEVICE).filter_map(|at| {
         let address = at.address?;
         let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
         v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))

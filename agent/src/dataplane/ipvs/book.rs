@@ -403,3 +403,7 @@ pub(super) fn protocol_name(proto: Proto) -> &'static str {
         Proto::Sctp => "sctp",
     }
 }
+
+#[cfg(test)]
+#[path = "book_tests.rs"]
+mod tests;

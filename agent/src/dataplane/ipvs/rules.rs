@@ -33,6 +33,7 @@ pub(super) struct Setting {
     pub(super) arp: bool,
 }
 
+const PROTOCOLS: [&str; 3] = ["tcp", "udp", "sctp"];
 const CLASSES: [Class; 4] = [Class::Open, Class::Local, Class::Inside, Class::Refuse];
 
 fn chain(class: Class, ranged: bool) -> &'static str {
@@ -94,10 +95,14 @@ fn sets(text: &mut String, setting: &Setting, family: &str, addr: &str) {
         format!("set node{family} {{ type {addr}; }}"),
         format!("set endpoints{family} {{ type {addr}; }}"),
         format!("set hairpin{family} {{ type {addr} . {addr}; }}"),
-        format!("set ranges{family} {{ type {addr} . inet_proto . inet_service . {addr}; flags interval; }}"),
-        format!("set node_ranges{family} {{ type inet_proto . inet_service . {addr}; flags interval; }}"),
     ] {
         writeln!(text, " {line}").ok();
+    }
+    // One a protocol: some kernels refuse protocols in keys of sets with ranges.
+    for proto in PROTOCOLS {
+        let clients = format!("inet_service . {addr}; flags interval;");
+        writeln!(text, " set ranges_{proto}{family} {{ type {addr} . {clients} }}").ok();
+        writeln!(text, " set node_ranges_{proto}{family} {{ type {clients} }}").ok();
     }
     let pods: Vec<String> = setting
         .pods
@@ -124,8 +129,12 @@ fn chains(text: &mut String, setting: &Setting) {
         text.push_str(&from_pods(setting, &to));
         writeln!(text, "  fib saddr type local {to}").ok();
         for (family, ip) in [("4", "ip"), ("6", "ip6")] {
-            writeln!(text, "  {ip} daddr . meta l4proto . th dport . {ip} saddr @ranges{family} {to}").ok();
-            writeln!(text, "  meta l4proto . th dport . {ip} saddr @node_ranges{family} {to}").ok();
+            for proto in PROTOCOLS {
+                let (is, clients) = (format!("meta l4proto {proto}"), format!("th dport . {ip} saddr"));
+                writeln!(text, "  {is} {ip} daddr . {clients} @ranges_{proto}{family} {to}").ok();
+                writeln!(text, "  {is} {ip} daddr @node{family} {clients} @node_ranges_{proto}{family} {to}")
+                    .ok();
+            }
         }
         text.push_str("  drop\n }\n");
     }
@@ -238,8 +247,10 @@ fn places(element: Element, arp: bool) -> Vec<(&'static str, String, String)> {
             one(format!("{prefix}marks{family}"), text)
         }
         Element::Range(key, range) => {
-            let (prefix, family, text) = frontend(&key);
-            one(format!("{prefix}ranges{family}"), format!("{text} . {range}"))
+            let (prefix, family, _) = frontend(&key);
+            let set = format!("{prefix}ranges_{}{family}", protocol_name(key.proto));
+            let address = if prefix.is_empty() { format!("{} . ", key.addr) } else { String::new() };
+            one(set, format!("{address}{} . {range}", key.port))
         }
         Element::Given(addr) => {
             let mut all = one(format!("given{}", digit(addr.is_ipv4())), addr.to_string());
@@ -256,5 +267,79 @@ fn places(element: Element, arp: bool) -> Vec<(&'static str, String, String)> {
                 ("inet", format!("hairpin{family}"), format!("{addr} . {addr}")),
             ]
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::Proto;
+    use std::net::IpAddr;
+
+    fn setting() -> Setting {
+        Setting {
+            pods: vec!["10.244.0.0/16".parse().expect("a range"), "fd00:244::/32".parse().expect("a range")],
+            pod_links: vec!["shv".to_owned(), "\" accept".to_owned()],
+            masquerade_all: false,
+            arp: true,
+        }
+    }
+
+    fn frontend(addr: [u8; 4]) -> FrontendKey {
+        FrontendKey { addr: IpAddr::from(addr), port: 80, proto: Proto::Tcp }
+    }
+
+    #[test]
+    fn the_fixed_part_knows_no_service_and_takes_no_text_from_outside() {
+        let text = replace(&setting(), std::iter::empty());
+        assert!(!text.contains("element"), "{text}");
+        assert!(text.contains(
+            "set pods4 { type ipv4_addr; flags interval; auto-merge; elements = { 10.244.0.0/16 }; }"
+        ));
+        assert!(text.contains("iifname \"shv*\" return"));
+        assert!(!text.contains("accept*"), "that is no device's name: {text}");
+        let quiet = replace(&Setting { arp: false, ..setting() }, std::iter::empty());
+        assert!(!quiet.contains("arp"), "{quiet}");
+        let all = replace(&Setting { masquerade_all: true, ..setting() }, std::iter::empty());
+        assert!(all.contains("0x1000000 masquerade"), "{all}");
+        if let Some(path) = std::env::var_os("SHEAVE_RULES") {
+            std::fs::write(path, text).expect("write the rules");
+        }
+    }
+
+    #[test]
+    fn what_changes_its_value_is_deleted_before_it_is_added() {
+        let (service, anywhere) = (frontend([10, 96, 0, 1]), frontend([0; 4]));
+        let text = update(
+            &setting(),
+            [
+                (
+                    Element::Frontend(service),
+                    Some(Value::Class(Class::Open, false)),
+                    Some(Value::Class(Class::Refuse, true)),
+                ),
+                (Element::Frontend(anywhere), None, Some(Value::Class(Class::Local, true))),
+                (Element::Mark(anywhere), None, Some(Value::Mark(0x5e00_0007))),
+                (
+                    Element::Range(service, "192.0.2.0/24".parse().expect("a range")),
+                    Some(Value::Member),
+                    None,
+                ),
+                (Element::Given([10, 96, 0, 1].into()), Some(Value::Member), None),
+                (Element::Endpoint([10, 244, 0, 5].into()), None, Some(Value::Member)),
+            ],
+        );
+        let expected = [
+            "delete element arp sheave_ipvs given4 { 10.96.0.1 }",
+            "delete element inet sheave_ipvs frontends4 { 10.96.0.1 . tcp . 80 }",
+            "delete element inet sheave_ipvs given4 { 10.96.0.1 }",
+            "delete element inet sheave_ipvs ranges_tcp4 { 10.96.0.1 . 80 . 192.0.2.0/24 }",
+            "add element inet sheave_ipvs endpoints4 { 10.244.0.5 }",
+            "add element inet sheave_ipvs frontends4 { 10.96.0.1 . tcp . 80 : goto refuse }",
+            "add element inet sheave_ipvs hairpin4 { 10.244.0.5 . 10.244.0.5 }",
+            "add element inet sheave_ipvs node_marks4 { tcp . 80 : 0x5e000007 }",
+            "add element inet sheave_ipvs node_ports4 { tcp . 80 : goto ranged_local }",
+        ];
+        assert_eq!(text.lines().collect::<Vec<_>>(), expected);
     }
 }
