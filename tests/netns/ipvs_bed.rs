@@ -140,6 +140,7 @@ pub(crate) fn plain(name: &str, ips: &[&str], proto: Proto, node_port: u16) -> S
 }
 
 /// A service with `extras`.
+#[expect(dead_code, reason = "soon")]
 pub(crate) fn with(mut service: Service, extras: ServiceExtras) -> Service {
     service.extras = Some(Box::new(extras));
     service
@@ -208,6 +209,14 @@ impl Talk {
         let linger = libc::linger { l_onoff: 1, l_linger: 0 };
         nix::sys::socket::setsockopt(&self.0, nix::sys::socket::sockopt::Linger, &linger)
             .expect("set linger");
+    }
+
+    /// Says something on a connection of its own, which the kernel soon forgets, and returns who answered.
+    pub(crate) fn once(to: SocketAddr) -> IpAddr {
+        let mut talk = Self::begin(to);
+        let server = talk.with();
+        talk.reset();
+        server
     }
 
     /// Says something and returns who answers.

@@ -179,12 +179,8 @@ fn ipvs_connections_outlive_the_agent_and_drain() {
         let mut driver = bed.driver(events(&[(POD1[0], true, false), second]));
         go_on("with the next agent");
         for to in places {
-            assert_eq!(
-                bed.client.run(|| Talk::begin(to).with()).to_string(),
-                POD2[0],
-                "new ones go elsewhere"
-            );
-            assert_eq!(bed.pod1.run(|| Talk::begin(to).with()).to_string(), POD2[0]);
+            assert_eq!(bed.client.run(|| Talk::once(to)).to_string(), POD2[0], "new ones go elsewhere");
+            assert_eq!(bed.pod1.run(|| Talk::once(to)).to_string(), POD2[0]);
         }
         // Gone from the slices, and then the service too: what is established still goes on.
         tell(&mut driver, events(&[second]));

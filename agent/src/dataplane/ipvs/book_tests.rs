@@ -53,6 +53,7 @@ impl World {
             backends: backends.iter().map(|n| backend(*n)).collect(),
             counts,
             source_ranges: ranges.iter().map(|range| range.parse().expect("a range")).collect(),
+            dormant: Vec::new(),
         };
         let mut changes = Changes::default();
         let ports: &[DesiredPort] = if frontends.is_empty() { &[] } else { &[port] };
