@@ -9,3 +9,7 @@ mod api_server;
 mod api_watch;
 mod controllers;
 mod controllers_rollout;
+#[expect(dead_code, reason = "shared with the soak, which uses all of it")]
+#[path = "../bench/src/fuzz/mod.rs"]
+mod fuzz;
+mod fuzz_core;

@@ -112,7 +112,7 @@ fn pseudo(headers: &Headers, proto: u8, len: u32) -> u32 {
 
 /// Bytes of the IP packet by its own header.
 #[inline(always)]
-fn ip_len<P: Packet>(packet: &P, v6: bool) -> Option<u32> {
+pub fn ip_len<P: Packet>(packet: &P, v6: bool) -> Option<u32> {
     let at = ETHER_LEN + if v6 { 4 } else { 2 };
     let len = u32::from(u16::from_be_bytes(packet.load::<2>(at)?));
     Some(if v6 { len + IPV6_LEN } else { len })

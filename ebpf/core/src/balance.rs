@@ -250,6 +250,7 @@ fn travel<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) 
             return Stage::Answer(Answer::TooBig(mtu));
         }
         Way::None => return drop(env, Counter::NoRoute),
+        Way::Later => return PASS,
     }
     match finish(packet, env, work) {
         PASS => Stage::Done(redirect(packet, env, &work.headers)),

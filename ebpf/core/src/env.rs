@@ -130,6 +130,8 @@ pub enum Way {
     TooBig(u32),
     /// Nowhere.
     None,
+    /// This hook can't send it there, but a later one perhaps can: the packet is left to it unchanged.
+    Later,
 }
 
 /// The node that a packet came to.

@@ -2,12 +2,12 @@
 //! with every checksum as right as it was.
 
 use crate::balance::{Side, Verdict, Work, redirect};
-use crate::checksum;
 use crate::env::{Flows, Journey, Node, Packet, Table, Way};
 use crate::packet::{
     ETHER_LEN, Headers, IPV4_ADDRESSES, IPV4_CHECK, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Kind, TCP_CHECK,
     Tuple, UDP_CHECK, address6, bytes_of, bytes_of_ports, chain, pair4, pair6, parse_apart, word,
 };
+use crate::{answer, checksum};
 use sheave_ebpf_abi::{Address, Counter, FlowKey, PROTO_TCP, PROTO_UDP, flow_flag};
 
 const ICMP_LEN: u32 = 8;
@@ -25,6 +25,8 @@ pub struct Quote {
     pub ip: u32,
     /// Offset of its TCP or UDP header.
     pub l4: u32,
+    /// End of the error, by its own length: a frame may go on behind it, with nothing that is quoted.
+    pub end: u32,
     /// What its tuple becomes.
     pub inner: Tuple,
     /// What the error's own addresses become; without ports.
@@ -33,14 +35,22 @@ pub struct Quote {
 
 impl Quote {
     /// The quote of no packet.
-    pub const NOTHING: Self =
-        Self { tuple: Tuple::NOTHING, proto: 0, ip: 0, l4: 0, inner: Tuple::NOTHING, outer: Tuple::NOTHING };
+    pub const NOTHING: Self = Self {
+        tuple: Tuple::NOTHING,
+        proto: 0,
+        ip: 0,
+        l4: 0,
+        end: 0,
+        inner: Tuple::NOTHING,
+        outer: Tuple::NOTHING,
+    };
 }
 
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn quoted<P: Packet>(packet: &P, work: &mut Work) -> Option<()> {
     let (headers, quote) = (&work.headers, &mut work.quote);
     let ip = headers.l4 + ICMP_LEN;
+    quote.end = ETHER_LEN + answer::ip_len(packet, headers.v6)?;
     if headers.v6 {
         let head = packet.load::<40>(ip)?;
         let chain = chain(packet, head[6], ip + IPV6_LEN)?;
@@ -63,6 +73,9 @@ fn quoted<P: Packet>(packet: &P, work: &mut Work) -> Option<()> {
         quote.l4 = ip + len;
     }
     if quote.proto != PROTO_TCP && quote.proto != PROTO_UDP {
+        return None;
+    }
+    if quote.l4 + 4 > quote.end {
         return None;
     }
     let [s0, s1, d0, d1] = packet.load::<4>(quote.l4)?;
@@ -159,7 +172,8 @@ fn restore<P: Packet>(packet: &mut P, work: &Work) -> bool {
     let ports_diff = checksum::diff(&[ports(&quote.tuple)], &[ports(&quote.inner)]);
     let udp = quote.proto == PROTO_UDP;
     let check_at = quote.l4 + if udp { UDP_CHECK } else { TCP_CHECK };
-    let check_diff = match packet.load::<2>(check_at).map(u16::from_ne_bytes) {
+    let quoted = if check_at + 2 <= quote.end { packet.load::<2>(check_at) } else { None };
+    let check_diff = match quoted.map(u16::from_ne_bytes) {
         // Not quoted, or none.
         None => 0,
         Some(0) if udp => 0,

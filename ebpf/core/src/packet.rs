@@ -267,6 +267,9 @@ fn parse_v6<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
 /// Reads what is behind the IP headers.
 #[inline(always)]
 fn behind<P: Packet>(packet: &P, headers: &mut Headers, later: bool, more: bool) -> Kind {
+    if packet.size() < headers.l4 {
+        return Kind::Bad;
+    }
     if later {
         headers.whole = false;
         return if headers.proto == PROTO_ICMP { Kind::Other } else { Kind::LaterFragment };

@@ -10,6 +10,7 @@ mod container_start;
 mod control_process;
 mod etcd;
 mod footprint;
+mod fuzz;
 mod latency;
 mod load_client;
 mod pod_start;
@@ -17,6 +18,7 @@ mod progress;
 mod report;
 mod rolling;
 mod soak_control;
+mod soak_fuzz;
 mod soak_node;
 mod soak_services;
 
@@ -53,6 +55,12 @@ enum Command {
         /// Which data plane, where the soak asks: ebpf, nftables or ipvs
         #[arg(long, default_value = "ebpf")]
         mode: String,
+        /// How long, where it is a matter of time [default: 1800]
+        #[arg(long)]
+        seconds: Option<u64>,
+        /// Seed of `fuzz`, to run it again [default: random]
+        #[arg(long)]
+        seed: Option<u64>,
     },
     #[command(hide = true)]
     ConnectClient(connect_client::ConnectClient),
@@ -66,6 +74,7 @@ enum Command {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Soak {
+    Fuzz,
     KillControl,
     KillNode,
     KillServices,
@@ -89,7 +98,8 @@ fn main() -> Result<()> {
             Bench::Footprint => footprint::run(json),
             Bench::PodStart => pod_start::run(json),
         },
-        Command::Soak { name, rounds, mode } => match name {
+        Command::Soak { name, rounds, mode, seconds, seed } => match name {
+            Soak::Fuzz => soak_fuzz::run(seconds.unwrap_or(soak_fuzz::SECONDS), seed),
             Soak::KillControl => block_on(soak_control::run(rounds.unwrap_or(30))),
             Soak::KillNode => soak_node::run(rounds.unwrap_or(20)),
             Soak::KillServices => soak_services::run(rounds.unwrap_or(200)),
