@@ -32,3 +32,4 @@ mod service_socket;
 mod service_table;
 mod service_upgrade;
 mod service_world;
+mod service_xdp;

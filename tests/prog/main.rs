@@ -7,3 +7,4 @@ mod packets;
 #[expect(dead_code, reason = "shared with the netns suite, which uses all of it")]
 #[path = "../netns/service_world.rs"]
 mod service_world;
+mod xdp;

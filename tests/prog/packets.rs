@@ -21,9 +21,9 @@ const PASS: u32 = u32::MAX;
 const DROP: u32 = 2;
 const REDIRECT: u32 = 7;
 
-struct Programs {
-    ebpf: Ebpf,
-    world: World,
+pub(crate) struct Programs {
+    pub(crate) ebpf: Ebpf,
+    pub(crate) world: World,
     _cgroup: Cgroup,
 }
 
@@ -71,7 +71,7 @@ fn services() -> Vec<Event> {
 }
 
 /// A namespace whose routes lead where the conversations go: everything by one device, some of it in small packets.
-fn roads() -> NetNs {
+pub(crate) fn roads() -> NetNs {
     let netns = NetNs::new();
     netns.veth("road", &netns, "end");
     netns.ip(&["addr", "add", "192.0.2.1/24", "dev", "road"]);
@@ -95,7 +95,7 @@ fn roads() -> NetNs {
 }
 
 impl Programs {
-    fn load() -> Self {
+    pub(crate) fn load() -> Self {
         let cgroup = Cgroup::new("prog");
         let mut world = World::new(cgroup.path(), &[]);
         world.config.node_ips = PLACES.iter().map(|place| address(place.node)).collect();
@@ -125,7 +125,11 @@ impl Programs {
     }
 
     /// Runs a program on a frame: its verdict and the frame that it left.
-    fn run(&mut self, hook: Hook, input: &[u8]) -> Result<(u32, Vec<u8>), aya::programs::ProgramError> {
+    pub(crate) fn run(
+        &mut self,
+        hook: Hook,
+        input: &[u8],
+    ) -> Result<(u32, Vec<u8>), aya::programs::ProgramError> {
         let mut output = vec![0; 4096];
         let mut options = TestRunOptions::new();
         options.data_in = Some(input);

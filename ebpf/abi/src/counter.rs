@@ -89,4 +89,6 @@ counters! {
     AnswerFailed = 38, "answer_failed", true;
     /// A program that a packet continues in is missing; the packet was dropped.
     CallMissing = 39, "program_missing", true;
+    /// A translated packet left by XDP, past the stack.
+    XdpSent = 70, "xdp_sent", false;
 }

@@ -12,6 +12,7 @@ mod sendmsg;
 mod skb;
 mod sock;
 mod tc;
+mod xdp;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -3,7 +3,7 @@
 
 use crate::maps::{self, FLOWS, FRAGMENTS, Maps, RANGES};
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext,
     bindings::{
         BPF_F_CURRENT_NETNS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_NOEXIST,
         bpf_sock_tuple,
@@ -36,12 +36,30 @@ const FIB_FRAG_NEEDED: i64 = 8;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// The node that the packet came to.
-pub struct Env<'a> {
-    pub ctx: &'a TcContext,
+/// A program's context at a network device.
+pub trait Hook: EbpfContext {
+    /// Whether a later hook is there for what this one can't do: it then wants the neighbour's address at once, and
+    /// leaves to the other whatever is out of the ordinary, to be counted there.
+    const EARLY: bool;
+    /// Index of the device.
+    fn device(&self) -> u32;
 }
 
-impl Table for Env<'_> {
+impl Hook for TcContext {
+    const EARLY: bool = false;
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
+        unsafe { read_volatile(addr_of!((*self.skb.skb).ifindex)) }
+    }
+}
+
+/// The node that the packet came to.
+pub struct Env<'a, C> {
+    pub ctx: &'a C,
+}
+
+impl<C: Hook> Table for Env<'_, C> {
     #[inline(always)]
     fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
         Maps.frontend4(key)
@@ -72,11 +90,13 @@ impl Table for Env<'_> {
     }
     #[inline(always)]
     fn count(&self, counter: Counter) {
-        Maps.count(counter);
+        if !(C::EARLY && matches!(counter, Counter::TooBig | Counter::Expired)) {
+            Maps.count(counter);
+        }
     }
 }
 
-impl Flows for Env<'_> {
+impl<C: Hook> Flows for Env<'_, C> {
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<Flow> {
         FLOWS.get_ptr(key).map(maps::copy)
@@ -152,7 +172,7 @@ struct FibLookup {
     dmac: [u8; 6],
 }
 
-impl Node for Env<'_> {
+impl<C: Hook> Node for Env<'_, C> {
     #[inline(always)]
     fn in_source_range(&self, service: u32, client: &Address) -> bool {
         const BITS: u32 = 32 + 128;
@@ -206,8 +226,7 @@ impl Node for Env<'_> {
 
     #[inline(always)]
     fn route(&self, journey: &Journey) -> Way {
-        // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
-        let device = unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).ifindex)) };
+        let device = self.ctx.device();
         let family = if journey.v6 { AF_INET6 } else { AF_INET };
         let place = |address: &Address| {
             if journey.v6 { address.words } else { [address.words[3], 0, 0, 0] }
@@ -230,6 +249,13 @@ impl Node for Env<'_> {
         let params = core::ptr::from_mut(&mut fib).cast();
         // SAFETY: `fib` has the layout and the size of what the helper reads and writes.
         let answer = unsafe { bpf_fib_lookup(self.ctx.as_ptr(), params, size, 0) };
+        if C::EARLY {
+            let here = answer == FIB_SUCCESS && fib.device == device;
+            let (d, s) = (fib.dmac, fib.smac);
+            let link = [d[0], d[1], d[2], d[3], d[4], d[5], s[0], s[1], s[2], s[3], s[4], s[5]];
+            let route = Route { device, next_hop: Address::v4(0), link, has_link: true };
+            return if here { Way::To(route) } else { Way::Later };
+        }
         if answer == FIB_FRAG_NEEDED {
             return Way::TooBig(u32::from(fib.len));
         }

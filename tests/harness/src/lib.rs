@@ -17,7 +17,7 @@ mod selftest;
 
 pub use cgroup::Cgroup;
 pub use isolate::isolated;
-pub use netns::NetNs;
+pub use netns::{NetNs, checksum_in_stack};
 pub use node::Node;
 pub use report::skip;
 pub use wait::{wait_for, wait_until};

@@ -1,7 +1,7 @@
 //! Network namespaces that exist as long as their guard, and no longer: they have no name and no mount, only a file
 //! descriptor, so that even a killed test leaves none behind.
 
-#![expect(unsafe_code, reason = "pre_exec, to start a program inside a namespace")]
+#![expect(unsafe_code, reason = "pre_exec, to start a program inside a namespace; ioctl, to set a device")]
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -113,6 +113,35 @@ impl Drop for Entered {
             std::process::abort();
         }
     }
+}
+
+/// Makes the stack compute the checksums of what leaves by a device of the current namespace, instead of leaving them
+/// to the device (`ethtool -K DEVICE tx off`). Frames of a veth device are then as they are on a wire.
+pub fn checksum_in_stack(device: &str) -> std::io::Result<()> {
+    ethtool(device, 0x17, 0)
+}
+
+/// `struct ethtool_value` by SIOCETHTOOL (linux/ethtool.h).
+fn ethtool(device: &str, command: u32, value: u32) -> std::io::Result<()> {
+    const SIOCETHTOOL: libc::Ioctl = 0x8946;
+    /// `struct ifreq`, with a pointer for its union.
+    #[repr(C)]
+    struct Request {
+        name: [u8; libc::IFNAMSIZ],
+        data: *mut [u32; 2],
+        rest: [u64; 2],
+    }
+    assert!(device.len() < libc::IFNAMSIZ, "{device}: too long for a device");
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let mut setting = [command, value];
+    let mut request = Request { name: [0; libc::IFNAMSIZ], data: &raw mut setting, rest: [0; 2] };
+    request.name[..device.len()].copy_from_slice(device.as_bytes());
+    // SAFETY: the request has the size of `struct ifreq`, its name is terminated, and its data has the size of
+    // `struct ethtool_value`; both live until the call returns.
+    if unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), SIOCETHTOOL, &raw mut request) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Runs a command to its end and returns its standard output; panics with its standard error if it fails.

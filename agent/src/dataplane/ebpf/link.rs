@@ -1,8 +1,7 @@
 //! Where programs are attached. Invariant: a hook that has a program keeps having one: a link is updated in place, or
 //! its successor is attached before its pin is replaced; nothing is detached first.
 
-use super::probe;
-use super::sys;
+use super::{probe, sys, xdp};
 use crate::dataplane::DataplaneError;
 use sheave_ebpf_abi::call;
 use std::fs::{self, File};
@@ -54,6 +53,8 @@ pub(super) enum Target {
     Cgroup(File),
     /// A network device.
     Device(u32),
+    /// A network device, in XDP of this mode.
+    Xdp(u32, xdp::Mode),
 }
 
 impl Target {
@@ -67,16 +68,17 @@ impl Target {
     fn id(&self) -> io::Result<u64> {
         match self {
             Self::Cgroup(dir) => dir.metadata().map(|meta| meta.ino()),
-            Self::Device(index) => Ok(u64::from(*index)),
+            Self::Device(index) | Self::Xdp(index, _) => Ok(u64::from(*index)),
         }
     }
 
     fn create(&self, program: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-        let number = match self {
-            Self::Cgroup(dir) => dir.as_raw_fd() as u32,
-            Self::Device(index) => *index,
+        let (number, flags) = match self {
+            Self::Cgroup(dir) => (dir.as_raw_fd() as u32, 0),
+            Self::Device(index) => (*index, 0),
+            Self::Xdp(index, mode) => (*index, mode.flags()),
         };
-        sys::link_create(program, number, attach_type)
+        sys::link_create(program, number, attach_type, flags)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::map::{self, SHAPES};
 use crate::dataplane::DataplaneError;
-use aya::programs::{CgroupSockAddr, Program, SchedClassifier};
+use aya::programs::{CgroupSockAddr, Program, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use std::error::Error;
 use std::io;
@@ -42,6 +42,7 @@ pub(super) fn program(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd, DataplaneE
     let loaded = match program {
         Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
         Program::SchedClassifier(program) => SchedClassifier::load(program),
+        Program::Xdp(program) => Xdp::load(program),
         _ => return Err(unknown()),
     };
     loaded.map_err(|e| classify(e.into(), name))?;

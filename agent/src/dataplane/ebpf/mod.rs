@@ -9,6 +9,7 @@ mod map;
 mod probe;
 mod sys;
 mod uplink;
+mod xdp;
 
 pub use list::{Lookup, ServiceRow, list};
 pub use map::Counters;
@@ -181,6 +182,11 @@ impl EbpfDataplane {
                 return Ok(false);
             }
         }
+        for name in &self.settings.uplinks {
+            if !xdp::is_settled(&self.dir, name, self.settings.xdp)? {
+                return Ok(false);
+            }
+        }
         Ok(true)
     }
 
@@ -310,7 +316,7 @@ impl Dataplane for EbpfDataplane {
             return Ok(Attached::Yes);
         }
         let (dir, devices) = (self.dir.clone(), self.devices()?);
-        let uplinks = self.settings.uplinks.clone();
+        let (uplinks, with_xdp) = (self.settings.uplinks.clone(), self.settings.xdp);
         let object = self.object()?;
         Self::fill_calls(&dir, object)?;
         for (hook, attach_type) in CGROUP_HOOKS {
@@ -327,6 +333,14 @@ impl Dataplane for EbpfDataplane {
                 done => done?,
             }
         }
+        let mut in_xdp = Vec::new();
+        if with_xdp {
+            for name in &uplinks {
+                xdp::attach(&dir, object, name)?;
+                in_xdp.push(uplink::index(name)?);
+            }
+        }
+        xdp::detach_others(&dir, &in_xdp)?;
         uplink::forget_gone(&dir)?;
         self.maps.config.put(&0, &Config { object_digest: digest, ..held })?;
         for other in link::other_versions(&self.dir) {

@@ -120,7 +120,7 @@ pub(super) struct LinkInfo {
     pub(super) id: u32,
     pub(super) program: u32,
     pad: u32,
-    /// cgroup: low half of the cgroup id; tcx: interface index. 0 when the link is severed.
+    /// cgroup: low half of the cgroup id; tcx and XDP: interface index. 0 when the link is severed.
     pub(super) target_low: u32,
     /// cgroup: high half of the cgroup id; tcx: attach type.
     pub(super) target_high: u32,
@@ -131,15 +131,17 @@ pub(super) struct LinkInfo {
 
 /// BPF_LINK_TYPE_CGROUP.
 const LINK_CGROUP: u32 = 3;
+/// BPF_LINK_TYPE_XDP.
+const LINK_XDP: u32 = 6;
 /// BPF_LINK_TYPE_TCX.
 const LINK_TCX: u32 = 11;
 
 impl LinkInfo {
-    /// The cgroup id of a cgroup link, the interface index of a tcx link; 0 when it is severed, `None` for others.
+    /// The cgroup id of a cgroup link, the interface index of a tcx or XDP link; 0 when it is severed, `None` for others.
     pub(super) fn target(&self) -> Option<u64> {
         match self.kind {
             LINK_CGROUP => Some(u64::from(self.target_high) << 32 | u64::from(self.target_low)),
-            LINK_TCX => Some(u64::from(self.target_low)),
+            LINK_TCX | LINK_XDP => Some(u64::from(self.target_low)),
             _ => None,
         }
     }
@@ -180,8 +182,13 @@ pub(super) fn obj_pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 }
 
 /// Attaches a program to a cgroup (a descriptor of its directory) or a network device (its index), by a link.
-pub(super) fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
-    bpf(Cmd::LinkCreate, &mut LinkAttr { words: [raw(program), target, attach_type, 0] }).map(owned)
+pub(super) fn link_create(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
+    bpf(Cmd::LinkCreate, &mut LinkAttr { words: [raw(program), target, attach_type, flags] }).map(owned)
 }
 
 /// Puts another program into a link, atomically. `ENOLINK` when the link is severed.
@@ -360,6 +367,42 @@ pub(super) fn possible_cpus() -> io::Result<usize> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let last = text.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<usize>().ok());
     last.map(|last| last + 1).ok_or_else(|| invalid("/sys/devices/system/cpu/possible"))
+}
+
+/// The name of the driver of a network device (SIOCETHTOOL with ETHTOOL_GDRVINFO, linux/ethtool.h).
+pub(super) fn driver(device: &str) -> io::Result<String> {
+    const SIOCETHTOOL: libc::Ioctl = 0x8946;
+    const GDRVINFO: u32 = 3;
+    /// `struct ethtool_drvinfo`.
+    #[repr(C)]
+    struct DriverInfo {
+        command: u32,
+        driver: [u8; 32],
+        rest: [u8; 160],
+    }
+    /// `struct ifreq`, with a pointer for its union.
+    #[repr(C)]
+    struct Request {
+        name: [u8; libc::IFNAMSIZ],
+        data: *mut DriverInfo,
+        rest: [u64; 2],
+    }
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut info = DriverInfo { command: GDRVINFO, driver: [0; 32], rest: [0; 160] };
+    let mut name = [0; libc::IFNAMSIZ];
+    name.get_mut(..device.len())
+        .filter(|_| device.len() < libc::IFNAMSIZ)
+        .ok_or_else(|| invalid("device name"))?;
+    name[..device.len()].copy_from_slice(device.as_bytes());
+    let mut request = Request { name, data: &raw mut info, rest: [0; 2] };
+    // SAFETY: the request has the size of `struct ifreq` and names a device by a terminated string; its data has the size
+    // of `struct ethtool_drvinfo`, which the command fills, and both live until the call returns.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let end = info.driver.iter().position(|byte| *byte == 0).unwrap_or(info.driver.len());
+    Ok(String::from_utf8_lossy(&info.driver[..end]).into_owned())
 }
 
 #[cfg(test)]

@@ -82,7 +82,7 @@ pub(super) fn forget_gone(dir: &Path) -> Result<(), DataplaneError> {
     for entry in fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten() {
         let file = entry.file_name().to_string_lossy().into_owned();
         let mut parts = file.split('_');
-        let (Some("tcx" | "clsact"), Some(index)) = (parts.next(), parts.next()) else { continue };
+        let (Some("tcx" | "clsact" | "xdp"), Some(index)) = (parts.next(), parts.next()) else { continue };
         if index.parse().is_ok_and(|index| nix::net::if_::if_indextoname(index).is_err()) {
             link::unlink(&entry.path())?;
         }
