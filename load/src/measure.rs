@@ -137,8 +137,9 @@ impl Run<'_> {
     fn entries(&self, subjects: &[Subject], mut absent: Vec<(Way, Absent)>) -> Vec<Entry> {
         let Some(bare) = subjects.first() else { return Vec::new() };
         let params = (self.spec.services, self.spec.endpoints, self.spec.backends);
-        let mut entries: Vec<(Way, Entry)> = subjects
-            .iter()
+        // Without traffic there is nothing to say of the bed that nothing is loaded in.
+        let told = subjects.iter().filter(|s| !self.options.no_traffic || s.way != Way::Direct);
+        let mut entries: Vec<(Way, Entry)> = told
             .map(|subject| {
                 let row = row(subject.way, params, &subject.measured, &bare.measured);
                 (subject.way, Entry::Row(Box::new(row)))

@@ -12,8 +12,13 @@ mod etcd;
 mod footprint;
 mod fuzz;
 mod latency;
+mod load;
 mod load_client;
+mod packet;
+mod packet_flood;
+mod packet_frame;
 mod pod_start;
+mod program;
 mod progress;
 mod report;
 mod rolling;
@@ -86,7 +91,10 @@ enum Bench {
     Api,
     Connect,
     Footprint,
+    Load,
+    Packet,
     PodStart,
+    Program,
 }
 
 fn main() -> Result<()> {
@@ -96,7 +104,10 @@ fn main() -> Result<()> {
             Bench::Api => block_on(api::run(json)),
             Bench::Connect => connect::run(json),
             Bench::Footprint => footprint::run(json),
+            Bench::Load => load::run(json),
+            Bench::Packet => packet::run(json),
             Bench::PodStart => pod_start::run(json),
+            Bench::Program => program::run(json),
         },
         Command::Soak { name, rounds, mode, seconds, seed } => match name {
             Soak::Fuzz => soak_fuzz::run(seconds.unwrap_or(soak_fuzz::SECONDS), seed),
