@@ -21,6 +21,8 @@ small control plane that speaks the Kubernetes API, so that kubectl works unmodi
   sheave agent              the node daemon alone, against any Kubernetes API server
   sheave image import F     make an OCI image known to this node
   sheave service list       what the kernel balances right now, read from its maps
+  sheave service trace      which backend a packet would get, and why
+  sheave monitor            drops and new connections as they happen
 
 Containers and service routing do not notice when the daemon is stopped, killed or upgraded: pods belong to a small \
 process of their own each, and the eBPF programs stay attached. To take everything off a host: sheave down.";
@@ -53,6 +55,8 @@ pub(crate) enum Command {
     /// Look at what the kernel balances
     #[command(subcommand)]
     Service(ServiceCommand),
+    /// Show refused and dropped traffic and new connections of services, as they happen (data plane ebpf)
+    Monitor(MonitorFlags),
     /// Import, list and remove container images of this node
     #[command(subcommand)]
     Image(ImageCommand),
@@ -313,6 +317,73 @@ pub(crate) enum ServiceCommand {
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
     },
+    /// Show all that the kernel's maps hold for one service or one address
+    Get(ServiceGetFlags),
+    /// Tell which backend a packet would get, and why, without sending one
+    Trace(ServiceTraceFlags),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServiceGetFlags {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    /// How to reach the API server, which knows the addresses of a name [default: <state-dir>/admin.kubeconfig]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// A Service by its name, or a frontend by its address; a NodePort is 0.0.0.0:PORT or [::]:PORT
+    #[arg(value_name = "NAMESPACE/NAME|ADDR:PORT")]
+    pub(crate) what: String,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServiceTraceFlags {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    /// Who sends [default: this node]
+    #[arg(long, value_name = "IP")]
+    pub(crate) from: Option<IpAddr>,
+    /// Where it is sent to
+    #[arg(long, value_name = "IP:PORT")]
+    pub(crate) to: SocketAddr,
+    /// tcp, udp or sctp
+    #[arg(long, value_name = "NAME", default_value = "tcp")]
+    pub(crate) proto: String,
+    /// The sender is a socket of this node, whatever its address says
+    #[arg(long, group = "origin")]
+    pub(crate) from_node: bool,
+    /// The sender is a socket in a pod of this node, whatever its address says
+    #[arg(long, group = "origin")]
+    pub(crate) from_pod: bool,
+    /// The sender is outside and its packet arrives at an uplink, whatever its address says
+    #[arg(long, group = "origin")]
+    pub(crate) from_outside: bool,
+    /// Ranges of this node's pods, to tell them from the outside [default: those of [agent] in the settings]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub(crate) pod_cidr: Vec<IpNetwork>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MonitorFlags {
+    #[command(flatten)]
+    pub(crate) base: BaseFlags,
+    /// How to reach the API server, which knows the services' names [default: <state-dir>/admin.kubeconfig]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// Show drops only
+    #[arg(long)]
+    pub(crate) drops: bool,
+    /// End after so many events
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<u64>,
+    /// How to print: lines to read, or one JSON object a line
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -128,11 +128,14 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         pods.spawn(&config, &client, &mut tasks, &shutdown);
     }
     let stats = StatsHandle::default();
+    // Outlives the other parts: that the agent is about to end is said before it does.
+    let last = CancellationToken::new();
     if config.does(Component::Services) {
         let plane = dataplane::run(client.kube(), dataplane_config(&config, &stats), shutdown.clone());
         tasks.spawn(async move { plane.await.map_err(|error| AgentError::Dataplane(Box::new(error))) });
+        serve_proxy(&config, &client, &stats, &last);
     }
-    let health = Arc::new(health(&metrics, registry, stats));
+    let health = Arc::new(health(&metrics, registry, stats.clone()));
     let serving = server::serve_health(health_listener, health, shutdown.clone());
     spawn(&mut tasks, "health listener", serving, &shutdown);
     tracing::info!(node = config.node_name, version = env!("CARGO_PKG_VERSION"), "agent started");
@@ -141,13 +144,25 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         () = shutdown.cancelled() => {}
         Some(ended) = tasks.join_next() => result = ended.unwrap_or(Err(AgentError::Ended("task"))),
     }
+    stats.health.stop();
     shutdown.cancel();
     let settle = limits::secs(limits::SHUTDOWN_TIMEOUT_S);
     if tokio::time::timeout(settle, async { while tasks.join_next().await.is_some() {} }).await.is_err() {
         tracing::warn!("parts of the agent did not end in time and are cut off");
     }
+    last.cancel();
     tracing::info!("agent stopped; what runs keeps running");
     result
+}
+
+/// Answers load balancers until `last`.
+fn serve_proxy(config: &AgentConfig, client: &Client, stats: &StatsHandle, last: &CancellationToken) {
+    let (health, proxy) = (stats.health.clone(), stats.proxy.clone());
+    let address = config.services.proxy_health_listen;
+    tokio::spawn(server::proxy::serve_proxy(address, health.clone(), proxy, last.clone()));
+    tokio::spawn(server::proxy::serve_checks(stats.checks(), health.clone(), last.clone()));
+    let name = config.node_name.clone();
+    tokio::spawn(cluster::departure::watch(client.kube(), name, health, last.clone()));
 }
 
 /// What an agent with this configuration tells its data plane.
@@ -404,7 +419,8 @@ fn spawn(
 fn health(metrics: &Metrics, pods: Option<pod::registry::Registry>, stats: StatsHandle) -> server::Health {
     let mut registry = prometheus_client::registry::Registry::default();
     metrics.register(&mut registry);
-    let metrics = metrics.clone();
+    stats.proxy.register(&mut registry);
+    let (metrics, services) = (metrics.clone(), stats.clone());
     let refresh = move |out: &mut String| {
         server::metrics::write_dataplane(out, &stats.snapshot());
         if let Some(pods) = &pods {
@@ -412,5 +428,5 @@ fn health(metrics: &Metrics, pods: Option<pod::registry::Registry>, stats: Stats
             metrics.containers.set(i64::try_from(running).unwrap_or(i64::MAX));
         }
     };
-    server::Health { metrics: registry, refresh: server::Refresh(Box::new(refresh)) }
+    server::Health { metrics: registry, refresh: server::Refresh(Box::new(refresh)), services }
 }

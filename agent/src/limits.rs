@@ -178,3 +178,13 @@ pub const FLOWS_DEFAULT_MAX: u32 = 1 << 22;
 pub const AFFINITY_DEFAULT_MAX: u32 = 1 << 20;
 /// Most slots that memory alone makes.
 pub const SLOTS_DEFAULT_MAX: u32 = 1 << 22;
+/// How long after the last second of listening the programs go on writing events.
+pub const EVENTS_PERMISSION_S: u32 = 3;
+/// Changes that wait longer than this make the service proxy unhealthy (kube-proxy: twice its sync period).
+pub const PROXY_STALE_S: u64 = 60;
+/// Pause before a health check port that was taken is tried again.
+pub const PROXY_LISTEN_RETRY_S: u64 = 2;
+/// Share of a map's entries in use from which on it is warned of.
+pub const MAP_PRESSURE_WARN_PERCENT: u64 = 90;
+/// Distinct times of changes that are remembered within one round, for the programming latency.
+pub const TRIGGERS_A_ROUND_MAX: usize = 4096;

@@ -6,18 +6,23 @@ mod control;
 mod down;
 mod image;
 mod load;
+mod monitor;
+mod names;
 mod raw;
 mod service;
 mod services;
 mod status;
 mod table;
+mod trace;
 mod up;
 
 use std::future::Future;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use sheave_agent::dataplane::Mode;
+use sheave_agent::dataplane::choice::Active;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use load::LoadCommand;
@@ -33,6 +38,9 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Agent(flags) => agent::run(&flags),
         Command::Down(flags) => down::run(&flags),
         Command::Service(ServiceCommand::List { base, output }) => service::list(&base, output),
+        Command::Service(ServiceCommand::Get(flags)) => service::get(&flags),
+        Command::Service(ServiceCommand::Trace(flags)) => trace::run(&flags),
+        Command::Monitor(flags) => monitor::run(&flags),
         Command::Image(ImageCommand::Import { base, path, name }) => {
             image::import(&base, &path, name.as_deref())
         }
@@ -57,13 +65,43 @@ fn paths(base: &BaseFlags) -> Result<Paths> {
     let default = sheave_agent::AgentConfig::default();
     Ok(Paths {
         state_dir: flags.state_dir.unwrap_or(default.state_dir),
+        run_dir: flags.run_dir.unwrap_or(default.run_dir),
         pin_dir: flags.pin_dir.unwrap_or(default.pin_dir),
     })
 }
 
 struct Paths {
     state_dir: PathBuf,
+    run_dir: PathBuf,
     pin_dir: PathBuf,
+}
+
+/// Which data plane this node's agent put to work, if one ever ran here.
+fn active(paths: &Paths) -> Result<Option<Active>> {
+    let read = sheave_agent::dataplane::choice::active(&paths.run_dir);
+    read.with_context(|| format!("reading which data plane is active below {}", paths.run_dir.display()))
+}
+
+/// Refuses to read eBPF maps where another data plane balances.
+fn needs_ebpf(paths: &Paths) -> Result<()> {
+    match active(paths)? {
+        Some(active) if active.mode != Mode::Ebpf => bail!(
+            "services are balanced by {} on this node ({}), and this command reads eBPF maps; {}",
+            active.mode.name(),
+            active.why,
+            elsewhere(active.mode)
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Where to look instead.
+fn elsewhere(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Ebpf => "see `sheave service list`",
+        Mode::Nftables => "see `nft list ruleset`, tables named sheave",
+        Mode::Ipvs => "see `ipvsadm -Ln`, and `nft list ruleset`, tables named sheave",
+    }
 }
 
 /// The admin's kubeconfig, unless another is named.

@@ -6,6 +6,7 @@ use std::io::Write;
 use anyhow::{Result, bail};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, ListParams};
+use sheave_agent::dataplane::Mode;
 
 use super::table::Table;
 use crate::cli::StatusFlags;
@@ -28,21 +29,48 @@ pub(super) fn run(flags: &StatusFlags) -> Result<()> {
             writeln!(out, "API server: {error:#}")?;
         }
     }
-    match sheave_agent::dataplane::list(&paths.pin_dir) {
-        Ok(frontends) => {
-            let backends: usize = frontends.iter().map(|frontend| frontend.ready.len()).sum();
-            writeln!(out, "services in the kernel: {} frontends, {backends} backends", frontends.len())?;
-        }
-        Err(error) => {
-            failed = true;
-            let error = anyhow::Error::new(error);
-            writeln!(out, "services in the kernel: {error:#}")?;
-        }
-    }
+    failed |= !services(&mut out, &paths)?;
     if failed {
         bail!("some of it could not be read");
     }
     Ok(())
+}
+
+/// What balances and what it holds; false when that can't be read.
+fn services(out: &mut impl Write, paths: &super::Paths) -> Result<bool> {
+    let mode = match super::active(paths) {
+        Ok(Some(active)) => {
+            writeln!(out, "data plane: {} ({})", active.mode.name(), active.why)?;
+            for old in &active.leaving {
+                writeln!(out, "data plane: {} is replaced and still to be removed", old.name())?;
+            }
+            active.mode
+        }
+        Ok(None) => {
+            writeln!(out, "data plane: none was chosen by an agent on this node yet")?;
+            Mode::Ebpf
+        }
+        Err(error) => {
+            writeln!(out, "data plane: {error:#}")?;
+            return Ok(false);
+        }
+    };
+    if mode != Mode::Ebpf {
+        writeln!(out, "services in the kernel: {}", super::elsewhere(mode))?;
+        return Ok(true);
+    }
+    match sheave_agent::dataplane::list(&paths.pin_dir) {
+        Ok(frontends) => {
+            let backends: usize = frontends.iter().map(|frontend| frontend.ready.len()).sum();
+            writeln!(out, "services in the kernel: {} frontends, {backends} backends", frontends.len())?;
+            Ok(true)
+        }
+        Err(error) => {
+            let error = anyhow::Error::new(error);
+            writeln!(out, "services in the kernel: {error:#}")?;
+            Ok(false)
+        }
+    }
 }
 
 async fn cluster(kubeconfig: &std::path::Path) -> Result<Vec<[String; 6]>> {

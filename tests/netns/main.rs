@@ -27,6 +27,7 @@ mod service_killed;
 mod service_nft;
 mod service_nft_bed;
 mod service_nodeport;
+mod service_ops;
 mod service_scenarios;
 mod service_socket;
 mod service_table;

@@ -2,6 +2,7 @@
 //! function that decoded it.
 
 pub mod client;
+pub(crate) mod departure;
 pub mod events;
 pub mod lease;
 pub mod node;

@@ -6,11 +6,14 @@ use super::foreign;
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, StatsHandle};
 use crate::limits;
 use crate::service::{Changes, Event, NodeFacts, ObjectKey, Observed, Planner, Refusal, Table};
+use sample::Sampler;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 mod run;
+mod sample;
 
 pub use run::{Feed, run};
 
@@ -33,6 +36,9 @@ pub struct Driver {
     /// The kernel may hold a part of a failed round.
     unsure: bool,
     applied_once: bool,
+    sampler: Sampler,
+    /// When the changes of this round were made in the cluster, in seconds since 1970.
+    triggers: Vec<f64>,
 }
 
 impl Driver {
@@ -40,6 +46,7 @@ impl Driver {
     pub fn open(config: &DataplaneConfig) -> Result<Self, DataplaneError> {
         foreign::meet(config)?;
         let choice::Chosen { plane, active } = choice::open(config)?;
+        config.stats.update(|figures| figures.mode = Some((active.mode, active.why.clone())));
         let mut driver = Self::over(plane, config.stats.clone())?;
         driver.chosen = Some((config.clone(), active));
         driver.refresh_node()?;
@@ -62,6 +69,8 @@ impl Driver {
             told: BTreeMap::new(),
             unsure: false,
             applied_once: false,
+            sampler: Sampler::default(),
+            triggers: Vec::new(),
         })
     }
 
@@ -72,7 +81,19 @@ impl Driver {
 
     /// Takes in one event without acting on it.
     fn handle_one(&mut self, event: Event) {
+        match event {
+            Event::Service(_) | Event::ServiceGone(_) => self.stats.proxy.queued(false),
+            Event::Slice(_) | Event::SliceGone(_) => self.stats.proxy.queued(true),
+            Event::ServicesSynced(_) | Event::SlicesSynced(_) | Event::Node(_) => {}
+        }
         self.planner.handle(event);
+    }
+
+    /// What comes next was made in the cluster at this time, in seconds since 1970.
+    fn triggered(&mut self, at_s: f64) {
+        if self.applied_once && self.triggers.len() < limits::TRIGGERS_A_ROUND_MAX {
+            self.triggers.push(at_s);
+        }
     }
 
     /// Brings the kernel to what the events so far want. Before both watches told everything it does nothing.
@@ -80,14 +101,18 @@ impl Driver {
         if !self.planner.synced() {
             return Ok(());
         }
+        self.stats.health.begins();
+        let full = self.unsure || !self.applied_once;
         let started = Instant::now();
         let result = self.write();
+        let took = started.elapsed();
+        let wrote = *result.as_ref().unwrap_or(&false);
         self.stats.update(|figures| {
             figures.services = self.planner.service_count();
             figures.services_refused = self.planner.refused().len();
             figures.usage = Some(self.planner.usage());
             figures.synced |= result.is_ok();
-            figures.last_apply = started.elapsed();
+            figures.last_apply = took;
             if self.applied_once {
                 figures.longest_apply = figures.longest_apply.max(figures.last_apply);
             }
@@ -95,14 +120,23 @@ impl Driver {
         });
         self.unsure |= result.is_err();
         result?;
+        if wrote || full {
+            self.stats.proxy.synced(took, full, &std::mem::take(&mut self.triggers));
+        } else {
+            self.stats.proxy.nothing_pending();
+            self.triggers.clear();
+        }
         if !self.applied_once {
             self.attach()?;
             self.applied_once = true;
         }
+        self.stats.health.updated();
         Ok(())
     }
 
-    fn write(&mut self) -> Result<(), DataplaneError> {
+    /// Whether there was anything to write.
+    fn write(&mut self) -> Result<bool, DataplaneError> {
+        let mut wrote = false;
         if self.unsure {
             self.planner.restart(adopt(self.plane.as_mut())?);
             self.unsure = false;
@@ -111,6 +145,7 @@ impl Driver {
         for _ in 0..limits::DATAPLANE_ROUNDS_MAX {
             let changes = self.planner.flush();
             if !changes.is_empty() {
+                wrote = true;
                 self.plane.apply(&changes)?;
                 self.stats.update(|figures| {
                     figures.applies_total += 1;
@@ -121,7 +156,7 @@ impl Driver {
                 break;
             }
         }
-        Ok(())
+        Ok(wrote)
     }
 
     fn attach(&mut self) -> Result<(), DataplaneError> {
@@ -155,6 +190,8 @@ impl Driver {
         if self.applied_once {
             self.attach()?;
         }
+        let usage = self.planner.usage();
+        self.sampler.sample(self.plane.as_mut(), &usage, &self.stats);
         Ok(())
     }
 
@@ -176,6 +213,8 @@ impl Driver {
         let notices =
             new.map(|(key, reasons)| Notice { service: key.clone(), reasons: reasons.clone() }).collect();
         self.told = now.clone();
+        let refused = Arc::new(self.told.clone());
+        self.stats.update(|figures| figures.refused = refused);
         notices
     }
 

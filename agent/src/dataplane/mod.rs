@@ -7,7 +7,9 @@ pub mod choice;
 mod driver;
 pub mod ebpf;
 mod foreign;
+mod health;
 mod ipvs;
+mod metrics;
 pub mod mirror;
 mod nftables;
 mod settings;
@@ -15,8 +17,10 @@ mod stats;
 
 pub(crate) use driver::Notice;
 pub use driver::{Driver, Feed, run};
-pub use ebpf::{Lookup, ServiceRow, list, uninstall};
+pub use ebpf::{Lookup, Pressure, ServiceRow, list, uninstall};
 pub use foreign::KubeProxyLeftovers;
+pub use health::{ProxyHealth, ServiceCheck, ServiceChecks};
+pub use metrics::{CodeLabels, PolicyLabels, ProxyMetrics, TrafficPolicy};
 pub use settings::{MapEntries, ServiceSettings};
 pub use stats::{DataplaneStats, StatsHandle};
 
@@ -273,6 +277,10 @@ pub trait Dataplane: Send {
     /// What it can do beside that.
     fn abilities(&self) -> Abilities {
         Abilities::ALL
+    }
+    /// How full the tables are that the kernel fills itself; empty where nothing can be said.
+    fn pressure(&mut self) -> Vec<Pressure> {
+        Vec::new()
     }
     /// Reads all that the kernel holds.
     fn observe(&mut self) -> Result<Observed, DataplaneError>;

@@ -144,6 +144,20 @@ pub fn write_dataplane(out: &mut String, stats: &DataplaneStats) {
         "Map entries written or deleted",
         stats.entries_written_total,
     );
+    if let Some((mode, _)) = &stats.mode {
+        family(out, "sheave_dataplane_mode", "gauge", "1 for the data plane that is at work");
+        line(out, "sheave_dataplane_mode", &format!("{{mode=\"{}\"}}", mode.name()), 1);
+    }
+    for (name, help) in [
+        ("sheave_map_entries", "Entries of a table, an estimate for large ones"),
+        ("sheave_map_capacity", "Entries that a table has room for"),
+    ] {
+        family(out, name, "gauge", help);
+        for at in &stats.pressure {
+            let value = if name == "sheave_map_entries" { at.entries } else { at.capacity };
+            line(out, name, &format!("{{map=\"{}\"}}", at.map), value);
+        }
+    }
     family(out, "sheave_dataplane_reasons", "counter", "Why the kernel's programs did what they did");
     for (reason, count) in &stats.reasons {
         let labels = format!("{{reason=\"{}\",drop=\"{}\"}}", reason.name(), reason.is_drop());

@@ -3,8 +3,10 @@
 
 pub mod logs;
 pub mod metrics;
+pub mod proxy;
 pub mod tls;
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,6 +24,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use crate::dataplane::StatsHandle;
 use crate::limits;
 use crate::pod::model::Pod;
 use crate::pod::registry::Registry;
@@ -47,6 +50,8 @@ pub struct Health {
     pub metrics: MetricsRegistry,
     /// Brings gauges up to date before they are shown.
     pub refresh: Refresh,
+    /// Says which data plane is at work and which services are refused.
+    pub services: StatsHandle,
 }
 
 /// See [`Health::refresh`].
@@ -65,6 +70,7 @@ impl Health {
         }
         match request.uri().path() {
             "/healthz" | "/livez" | "/readyz" => plain(StatusCode::OK, "ok"),
+            "/services" => text(StatusCode::OK, "application/json", services(&self.services)),
             "/metrics" => {
                 let mut out = String::new();
                 (self.refresh.0)(&mut out);
@@ -77,9 +83,23 @@ impl Health {
                     Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
                 }
             }
-            _ => plain(StatusCode::NOT_FOUND, "there are /healthz, /livez and /metrics\n"),
+            _ => plain(StatusCode::NOT_FOUND, "there are /healthz, /livez, /metrics and /services\n"),
         }
     }
+}
+
+/// The data plane at work and the services that it does not wholly balance, as JSON.
+fn services(stats: &StatsHandle) -> String {
+    let figures = stats.snapshot();
+    let refused: BTreeMap<String, Vec<String>> = figures
+        .refused
+        .iter()
+        .map(|(key, reasons)| (key.to_string(), reasons.iter().map(ToString::to_string).collect()))
+        .collect();
+    let mode = figures.mode.as_ref().map(|(mode, _)| mode.name());
+    let why = figures.mode.as_ref().map(|(_, why)| why);
+    serde_json::json!({"mode": mode, "why": why, "services": figures.services, "refused": refused})
+        .to_string()
 }
 
 /// Answers health and metrics in clear text until `shutdown`.
@@ -291,13 +311,15 @@ mod tests {
         let mut registry = MetricsRegistry::default();
         metrics::Metrics::default().register(&mut registry);
         let refresh = Refresh(Box::new(|out| out.push_str("extra 1\n")));
-        let health = Arc::new(Health { metrics: registry, refresh });
+        let health = Arc::new(Health { metrics: registry, refresh, services: StatsHandle::default() });
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn(serve_health(listener, health, shutdown.clone()));
         let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         assert!(ask(port, &get("/healthz")).await.starts_with("HTTP/1.1 200"));
         let metrics = ask(port, &get("/metrics")).await;
         assert!(metrics.contains("extra 1") && metrics.contains("sheave_agent_pods 0"), "{metrics}");
+        let services = ask(port, &get("/services")).await;
+        assert!(services.contains(r#""refused":{}"#), "{services}");
         assert!(ask(port, &get("/nope")).await.starts_with("HTTP/1.1 404"));
         assert!(
             ask(port, "POST /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -14,6 +14,9 @@ use tokio_util::sync::CancellationToken;
 pub enum Feed {
     /// Something of the API.
     Event(Event),
+    /// The change that comes next was made in the cluster at this time, in seconds since 1970
+    /// (`endpoints.kubernetes.io/last-change-trigger-time`).
+    Triggered(f64),
     /// Look after links and node addresses.
     Tick,
 }
@@ -81,6 +84,7 @@ fn drive(mut driver: Driver, mut inbox: mpsc::Receiver<Feed>, tell: &mpsc::Sende
         let mut tick = false;
         let mut take = |feed| match feed {
             Feed::Event(event) => driver.handle_one(event),
+            Feed::Triggered(at_s) => driver.triggered(at_s),
             Feed::Tick => tick = true,
         };
         take(first);

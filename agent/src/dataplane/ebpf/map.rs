@@ -216,6 +216,61 @@ impl<K: Plain, V: Plain> Map<K, V> {
     }
 }
 
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pressure {
+    /// The map's name.
+    pub map: &'static str,
+    /// Entries in it; an estimate for large maps.
+    pub entries: u64,
+    /// Entries that it has room for.
+    pub capacity: u64,
+}
+
+/// How full the maps are that the programs themselves fill. Costs one or two system calls a map, however full it is.
+pub(super) fn pressure(dir: &Path) -> Vec<Pressure> {
+    let counted = [
+        Map::<abi::FlowKey, abi::Flow>::open(dir, map::FLOWS).and_then(|map| map.pressure()),
+        Map::<abi::AffinityKey, abi::Affinity>::open(dir, map::AFFINITY).and_then(|map| map.pressure()),
+        Map::<abi::ReverseKey, abi::ReverseValue>::open(dir, map::REVERSE_LRU).and_then(|map| map.pressure()),
+    ];
+    let told = |error: DataplaneError| {
+        tracing::warn!(error = &error as &dyn std::error::Error, "how full a map is");
+    };
+    counted.into_iter().filter_map(|pressure| pressure.map_err(told).ok()).collect()
+}
+
+/// Entries of a hash map with `buckets` of them, of whose first `walked` buckets `seen` entries were counted.
+fn extrapolate(seen: u64, walked: u64, buckets: u64) -> u64 {
+    seen.saturating_mul(buckets).checked_div(walked).map_or(seen, |all| all.max(seen))
+}
+
+impl<K: Plain, V: Plain> Map<K, V> {
+    /// How full the (hash) map is, from its first buckets when it is large: keys are spread evenly.
+    fn pressure(&self) -> Result<Pressure, DataplaneError> {
+        let capacity = u64::from(self.max_entries);
+        let mut room = limits::BPF_BATCH_ELEMENTS.min(self.max_entries as usize).max(1);
+        loop {
+            let (mut keys, mut values) = (vec![0; room * Self::SIZE.key], vec![0; room * Self::SIZE.value]);
+            let batch = match sys::lookup_batch(self.fd.as_fd(), Self::SIZE, None, &mut keys, &mut values) {
+                Ok(batch) => batch,
+                Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && room < self.max_entries as usize => {
+                    room *= 2;
+                    continue;
+                }
+                Err(e) => return Err(self.error("read", e)),
+            };
+            let seen = batch.count as u64;
+            let entries = match batch.next {
+                // A hash map has as many buckets as entries, rounded up to a power of two.
+                Some(next) => extrapolate(seen, u64::from(next.bucket()), capacity.next_power_of_two()),
+                None => seen,
+            };
+            return Ok(Pressure { map: self.name, entries: entries.min(capacity), capacity });
+        }
+    }
+}
+
 /// The per-CPU counters.
 #[derive(Debug)]
 pub struct Counters {
@@ -250,6 +305,13 @@ impl Counters {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn fullness_is_extrapolated_from_buckets() {
+        assert_eq!(extrapolate(10, 0, 1024), 10);
+        assert_eq!(extrapolate(4000, 8192, 65_536), 32_000);
+        assert_eq!(extrapolate(0, 512, 1024), 0);
+    }
 
     #[test]
     fn every_map_of_the_abi_has_a_shape() {

@@ -2,18 +2,23 @@
 //! pinned under `<pin dir>/v<ABI version>/` and does its work without this process; opening adopts what is there.
 
 mod encode;
+mod events;
 mod link;
 mod list;
 mod load;
 mod map;
 mod probe;
 mod sys;
+mod trace;
 mod uplink;
 mod xdp;
 
-pub use list::{Lookup, ServiceRow, list};
-pub use map::Counters;
+pub use events::{Listener, Seen};
+pub use list::{Lookup, RowBackend, ServiceRow, list};
+pub use map::{Counters, Pressure};
 pub use probe::cgroup2_root;
+pub use sys::monotonic_ns;
+pub use trace::{Candidate, Origin, Outcome, Question, Step, Trace, trace};
 
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode};
 use crate::limits;
@@ -31,6 +36,11 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
+
+/// The name of a network device of this namespace.
+pub fn device_name(index: u32) -> Option<String> {
+    nix::net::if_::if_indextoname(index).ok()?.into_string().ok()
+}
 
 /// The pin directory of this build's layouts.
 pub fn versioned(pin_dir: &Path) -> PathBuf {
@@ -239,6 +249,10 @@ impl Dataplane for EbpfDataplane {
             ipvs_schedulers: false,
             services_per_round: limits::DATAPLANE_SERVICES_PER_ROUND_MAX,
         }
+    }
+
+    fn pressure(&mut self) -> Vec<Pressure> {
+        map::pressure(&self.dir)
     }
 
     fn observe(&mut self) -> Result<Observed, DataplaneError> {

@@ -300,6 +300,14 @@ fn change_batch(cmd: Cmd, map: BorrowedFd<'_>, count: usize, keys: u64, values: 
 #[derive(Clone, Copy)]
 pub(super) struct Cursor([u8; 64]);
 
+impl Cursor {
+    /// The bucket of a hash map where the walk goes on.
+    pub(super) fn bucket(&self) -> u32 {
+        let [a, b, c, d, ..] = self.0;
+        u32::from_ne_bytes([a, b, c, d])
+    }
+}
+
 /// One batch of a walk over a map.
 pub(super) struct Batch {
     /// Elements read into the buffers.
@@ -360,6 +368,18 @@ pub(super) fn netns_cookie() -> io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Nanoseconds of the monotonic clock, as the programs read it.
+pub fn monotonic_ns() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    // The clock always exists, and never is before the boot.
+    now.map_or(0, |at| (at.tv_sec() as u64).saturating_mul(1_000_000_000).saturating_add(at.tv_nsec() as u64))
+}
+
+/// Seconds of the monotonic clock, which fit for 136 years after the boot.
+pub(super) fn monotonic_s() -> u32 {
+    u32::try_from(monotonic_ns() / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 /// CPUs that the kernel could ever have, which is how many values a per-CPU element has.
