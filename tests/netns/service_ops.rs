@@ -49,7 +49,11 @@ fn node() -> Node {
     std::fs::write(&path, SERVICES).expect("write the manifest");
     node.sheave(&["apply", "-f", &path.display().to_string()]);
     wait_until("the services in the kernel", PATIENCE, || {
-        let rows = json(&node, &["service", "list", "-o", "json"]);
+        // Before the maps are made there is nothing to read.
+        let mut list = node.command(env!("CARGO_BIN_EXE_sheave"));
+        let output = list.args(["service", "list", "-o", "json"]).args(node.path_flags()).output();
+        let output = output.map_err(|e| e.to_string())?;
+        let rows: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         let ready =
             |row: &Value| row["address"] == "10.96.7.7" && row["ready"].as_array().map(Vec::len) == Some(2);
         let void = |row: &Value| row["address"] == "10.96.7.8";
