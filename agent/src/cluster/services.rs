@@ -8,6 +8,7 @@ use crate::limits;
 use crate::service::{Event, ObjectKey, Refusal};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::events::{Event as ApiEvent, EventType, Recorder, Reporter};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
@@ -18,6 +19,9 @@ use tokio::sync::{mpsc, watch};
 
 /// Label of a Node: its zone.
 const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// Annotation of an EndpointSlice: when the last change of its endpoints was made.
+const TRIGGER: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// Turns watch events into events of the model, and an initial list into one statement of what exists.
 async fn forward<K: Resource>(
@@ -44,13 +48,29 @@ async fn forward<K: Resource>(
                 present(&object).unwrap_or_else(|| gone(key(object.meta())))
             }
             watcher::Event::InitDone => synced(std::mem::take(&mut listed)),
-            watcher::Event::Apply(object) => present(&object).unwrap_or_else(|| gone(key(object.meta()))),
+            watcher::Event::Apply(object) => {
+                // When the change behind it was made in the cluster, for the programming latency. What was listed is
+                // older than this watch and says nothing.
+                if let Some(at_s) = triggered(object.meta())
+                    && feed.send(Feed::Triggered(at_s)).await.is_err()
+                {
+                    return;
+                }
+                present(&object).unwrap_or_else(|| gone(key(object.meta())))
+            }
             watcher::Event::Delete(object) => gone(key(object.meta())),
         };
         if feed.send(Feed::Event(event)).await.is_err() {
             return;
         }
     }
+}
+
+/// When the change of endpoints that led to this version of an object was made, in seconds since 1970.
+fn triggered(meta: &ObjectMeta) -> Option<f64> {
+    let text = meta.annotations.as_ref()?.get(TRIGGER)?;
+    let at: jiff::Timestamp = text.parse().ok()?;
+    Some(at.as_microsecond() as f64 / 1e6)
 }
 
 /// Watches all Services for ever.

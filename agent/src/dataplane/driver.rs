@@ -3,9 +3,9 @@
 
 use super::choice::{self, Active};
 use super::foreign;
-use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, StatsHandle};
+use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, ServiceCheck, StatsHandle};
 use crate::limits;
-use crate::service::{Changes, Event, NodeFacts, ObjectKey, Observed, Planner, Refusal, Table};
+use crate::service::{Changes, Event, HealthCheck, NodeFacts, ObjectKey, Observed, Planner, Refusal, Table};
 use sample::Sampler;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -120,6 +120,12 @@ impl Driver {
         });
         self.unsure |= result.is_err();
         result?;
+        let lacking = self.planner.no_local_endpoints();
+        self.stats.proxy.set_no_local_endpoints(lacking.internal, lacking.external);
+        let check = |at: &HealthCheck| {
+            (at.service.clone(), ServiceCheck { port: at.port, local_ready: at.local_ready })
+        };
+        self.stats.set_checks(self.planner.health_checks().map(check).collect());
         if wrote || full {
             self.stats.proxy.synced(took, full, &std::mem::take(&mut self.triggers));
         } else {

@@ -126,7 +126,6 @@ impl ProxyMetrics {
         self.services_pending.set(0);
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "the planner does not count them yet"))]
     /// How many services lack the endpoints that a policy wants on this node.
     pub(super) fn set_no_local_endpoints(&self, internal: usize, external: usize) {
         for (traffic_policy, count) in

@@ -97,7 +97,6 @@ impl StatsHandle {
         self.checks.subscribe()
     }
 
-    #[expect(dead_code, reason = "the planner does not tell them yet")]
     pub(super) fn set_checks(&self, checks: ServiceChecks) {
         self.checks.send_if_modified(|held| {
             let changed = *held != checks;

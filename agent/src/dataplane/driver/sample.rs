@@ -24,6 +24,9 @@ fn planned(usage: &Usage) -> Vec<Pressure> {
         part("frontends", usage.frontends, room.frontends4.saturating_add(room.frontends6)),
         part("slots", usage.slots, room.slots),
         part("backends", usage.backends, room.backends),
+        part("members", usage.members, room.members),
+        part("ranges", usage.ranges, room.ranges),
+        part("maglevs", usage.maglevs, room.maglevs),
     ]
 }
 

@@ -1,23 +1,33 @@
 //! From the object to loaded programs and pinned maps. Invariant: a map that is pinned is used as it is or refused,
 //! never replaced, so what the kernel balances now goes on.
 
+use super::grow;
 use super::map::{self, SHAPES};
-use crate::dataplane::DataplaneError;
+use crate::dataplane::{DataplaneError, MapSizes};
 use aya::programs::{CgroupSockAddr, Program, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Makes the maps that are not pinned yet in `dir` and loads the object over all of them.
-pub(super) fn load(dir: &Path) -> Result<Ebpf, DataplaneError> {
-    for shape in SHAPES {
-        map::open_pinned(dir, shape)?;
-    }
+/// Makes the maps that are not pinned yet in `dir`, as large as `sizes` say, and loads the object over all of them.
+pub(super) fn load(dir: &Path, sizes: &MapSizes) -> Result<Ebpf, DataplaneError> {
+    load_at(sizes, |name| dir.join(name))
+}
+
+/// [`load`], with the pins where `place` says.
+pub(super) fn load_at(sizes: &MapSizes, place: impl Fn(&str) -> PathBuf) -> Result<Ebpf, DataplaneError> {
     let mut loader = EbpfLoader::new();
     for shape in SHAPES {
-        loader.map_pin_path(shape.name, dir.join(shape.name));
+        let path = place(shape.name);
+        if let Some(dir) = path.parent() {
+            map::open_pinned(dir, shape)?;
+        }
+        loader.map_pin_path(shape.name, path);
+        if let Some(entries) = grow::wanted(shape.name, sizes) {
+            loader.map_max_entries(shape.name, entries);
+        }
     }
     loader.load(sheave_ebpf_object::BYTES).map_err(|e| classify(e.into(), "the maps"))
 }

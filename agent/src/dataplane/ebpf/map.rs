@@ -35,6 +35,13 @@ pub(super) struct Shape {
     flags: u32,
 }
 
+impl Shape {
+    /// Sizes of a key and a value, as the kernel copies them.
+    pub(super) const fn elem_size(&self) -> ElemSize {
+        ElemSize { key: self.key, value: self.value }
+    }
+}
+
 const fn shape<K: Plain, V: Plain>(name: &'static str, kind: u32, flags: u32) -> Shape {
     Shape { name, kind, key: size_of::<K>(), value: size_of::<V>(), flags }
 }

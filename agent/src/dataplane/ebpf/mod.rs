@@ -3,6 +3,7 @@
 
 mod encode;
 mod events;
+mod grow;
 mod link;
 mod list;
 mod load;
@@ -128,13 +129,39 @@ impl EbpfDataplane {
             path: links,
             source,
         })?;
-        let object = if load::all_pinned(&dir)? { None } else { Some(load::load(&dir)?) };
+        let object = if load::all_pinned(&dir)? { None } else { Some(load::load(&dir, &config.sizes)?) };
         let maps = Maps::open(&dir)?;
         let node_addresses = maps.node_addrs.entries(usize::MAX)?;
         let node_addresses = node_addresses.iter().map(|(a, _)| encode::from_address(a)).collect();
-        let plane = Self { dir, cgroup, settings: config.clone(), maps, object, node_addresses };
+        let mut plane = Self { dir, cgroup, settings: config.clone(), maps, object, node_addresses };
         plane.write_config(config, plane.config()?.object_digest)?;
+        if let Some((growth, object)) = grow::begin(&plane.dir, &config.sizes)? {
+            plane.grow(growth, object)?;
+        }
         Ok(plane)
+    }
+
+    /// Puts programs over larger maps to work in place of those at work, with what the maps hold.
+    fn grow(&mut self, mut growth: grow::Growth, object: Ebpf) -> Result<(), DataplaneError> {
+        growth.copy_live()?;
+        self.object = Some(object);
+        let held = self.config()?;
+        if held.object_digest != 0 {
+            // Makes attaching replace every program.
+            self.maps.config.put(&0, &Config { object_digest: 0, ..held })?;
+            if let Err(error) = self.attach() {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "maps keep their size: not every program could be replaced"
+                );
+                self.object = None;
+                return grow::remove_side(&self.dir);
+            }
+            growth.copy_live()?;
+        }
+        growth.finish()?;
+        self.maps = Maps::open(&self.dir)?;
+        Ok(())
     }
 
     fn config(&self) -> Result<Config, DataplaneError> {
@@ -169,7 +196,7 @@ impl EbpfDataplane {
 
     fn object(&mut self) -> Result<&mut Ebpf, DataplaneError> {
         if self.object.is_none() {
-            self.object = Some(load::load(&self.dir)?);
+            self.object = Some(load::load(&self.dir, &self.settings.sizes)?);
         }
         self.object
             .as_mut()
@@ -393,6 +420,7 @@ pub fn uninstall(pin_dir: &Path) -> Result<(), Vec<DataplaneError>> {
 fn remove_version(dir: &Path) -> Vec<DataplaneError> {
     let mut errors = uplink::detach_clsact(dir);
     errors.extend(link::detach_all(&dir.join(LINKS)));
+    errors.extend(grow::remove_side(dir).err());
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_name() != LINKS {
             errors.extend(link::unlink(&entry.path()).err());

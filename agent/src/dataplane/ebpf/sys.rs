@@ -223,13 +223,24 @@ pub(super) fn lookup(map: BorrowedFd<'_>, size: ElemSize, key: &[u8], value: &mu
     bpf(Cmd::LookupElem, &mut attr).map(drop)
 }
 
-/// Writes one element.
-pub(super) fn update(map: BorrowedFd<'_>, size: ElemSize, key: &[u8], value: &[u8]) -> io::Result<()> {
+fn write(map: BorrowedFd<'_>, size: ElemSize, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
     if key.len() != size.key || value.len() != size.value {
         return Err(invalid("element size"));
     }
     let (key, value) = (key.as_ptr() as u64, value.as_ptr() as u64);
-    bpf(Cmd::UpdateElem, &mut ElemAttr { map_fd: raw(map), pad: 0, key, value, flags: 0 }).map(drop)
+    bpf(Cmd::UpdateElem, &mut ElemAttr { map_fd: raw(map), pad: 0, key, value, flags }).map(drop)
+}
+
+/// Writes one element.
+pub(super) fn update(map: BorrowedFd<'_>, size: ElemSize, key: &[u8], value: &[u8]) -> io::Result<()> {
+    write(map, size, key, value, 0)
+}
+
+/// Writes one element that is not there yet; `EEXIST` when it is.
+pub(super) fn insert(map: BorrowedFd<'_>, size: ElemSize, key: &[u8], value: &[u8]) -> io::Result<()> {
+    /// BPF_NOEXIST (uapi/linux/bpf.h).
+    const NOEXIST: u64 = 1;
+    write(map, size, key, value, NOEXIST)
 }
 
 /// Deletes one element; `NotFound` when there is none.

@@ -1,0 +1,259 @@
+//! Larger maps under programs at work. Invariant: until every hook has programs over the new maps the pins show the old
+//! ones, whose content is copied and not moved; a start after a crash at any moment takes up what was left and finishes.
+//!
+//! New maps are pinned in a directory beside the others and filled; programs are loaded over them and over those maps
+//! that stay; links are updated in place; then the new pins are moved over the old ones.
+
+use super::load;
+use super::map::{self, SHAPES, Shape};
+use super::sys::{self, ElemSize};
+use crate::dataplane::{DataplaneError, MapSizes};
+use aya::Ebpf;
+use sheave_ebpf_abi::map as names;
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Directory of maps that are about to replace others, below the versioned pin directory.
+pub(super) const SIDE: &str = "grow";
+
+/// Bytes of keys and values in one system call.
+const BATCH_BYTES: usize = 1 << 20;
+
+/// The entries that settings ask for; `None` for maps whose size is not a setting.
+pub(super) fn wanted(name: &str, sizes: &MapSizes) -> Option<u32> {
+    Some(match name {
+        names::FRONTENDS4 | names::FRONTENDS6 => sizes.frontends,
+        names::SLOTS => sizes.slots,
+        names::BACKENDS => sizes.backends,
+        names::FLOWS => sizes.flows,
+        names::AFFINITY => sizes.affinity,
+        names::MEMBERS => sizes.members,
+        names::RANGES => sizes.ranges,
+        names::MAGLEV => sizes.maglevs,
+        _ => return None,
+    })
+}
+
+/// Whether the programs write the map themselves, so that it is copied last.
+fn is_live(name: &str) -> bool {
+    name == names::FLOWS || name == names::AFFINITY
+}
+
+/// A map that is being replaced by a larger one.
+struct Growing {
+    shape: &'static Shape,
+    old: OwnedFd,
+    new: OwnedFd,
+    /// Keys that were copied already, of a map that the programs write; `None` before the first copy.
+    copied: Option<HashSet<Vec<u8>>>,
+}
+
+/// A growth that has begun.
+pub(super) struct Growth {
+    dir: PathBuf,
+    maps: Vec<Growing>,
+}
+
+/// Names of the maps in `dir` that are smaller than asked for. Says which ones are larger: they keep their size.
+fn too_small(dir: &Path, sizes: &MapSizes) -> Result<Vec<&'static str>, DataplaneError> {
+    let mut small = Vec::new();
+    for shape in SHAPES {
+        let Some(wanted) = wanted(shape.name, sizes) else { continue };
+        let Some((_, info)) = map::open_pinned(dir, shape)? else { continue };
+        if info.max_entries < wanted {
+            tracing::info!(
+                map = shape.name,
+                from = info.max_entries,
+                to = wanted,
+                "map grows, its content stays"
+            );
+            small.push(shape.name);
+        } else if info.max_entries > wanted {
+            tracing::warn!(
+                map = shape.name,
+                entries = info.max_entries,
+                asked = wanted,
+                "map keeps its larger size: shrinking would lose content; `sheave down` removes it"
+            );
+        }
+    }
+    Ok(small)
+}
+
+/// Begins to grow what is smaller than `sizes` ask for, or goes on with what an earlier start began: makes the maps,
+/// loads the programs over them and copies everything but what the programs write. `None` when nothing has to grow.
+pub(super) fn begin(dir: &Path, sizes: &MapSizes) -> Result<Option<(Growth, Ebpf)>, DataplaneError> {
+    let side = dir.join(SIDE);
+    let mut growing: Vec<&'static str> =
+        SHAPES.iter().map(|shape| shape.name).filter(|name| side.join(name).exists()).collect();
+    for name in too_small(dir, sizes)? {
+        if !growing.contains(&name) {
+            growing.push(name);
+        }
+    }
+    if growing.is_empty() {
+        remove_side(dir)?;
+        return Ok(None);
+    }
+    fs::create_dir_all(&side).map_err(|source| DataplaneError::Pin {
+        op: "make",
+        path: side.clone(),
+        source,
+    })?;
+    let object =
+        load::load_at(sizes, |name| if growing.contains(&name) { side.join(name) } else { dir.join(name) })?;
+    let mut maps = Vec::new();
+    for shape in SHAPES.iter().filter(|shape| growing.contains(&shape.name)) {
+        // Without an old one the pin was moved already, and another start died right after it.
+        let (Some((old, _)), Some((new, _))) =
+            (map::open_pinned(dir, shape)?, map::open_pinned(&side, shape)?)
+        else {
+            continue;
+        };
+        let mut growing = Growing { shape, old, new, copied: None };
+        if !is_live(shape.name) {
+            growing.copy_all()?;
+        }
+        maps.push(growing);
+    }
+    Ok(Some((Growth { dir: dir.to_owned(), maps }, object)))
+}
+
+impl Growth {
+    /// Copies what the programs write; to be called right before the links are updated, and again right after.
+    pub(super) fn copy_live(&mut self) -> Result<(), DataplaneError> {
+        for growing in self.maps.iter_mut().filter(|growing| is_live(growing.shape.name)) {
+            match growing.copied.take() {
+                None => growing.copy_all()?,
+                Some(copied) => growing.copy_missed(&copied)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the new maps' pins over the old ones.
+    pub(super) fn finish(self) -> Result<(), DataplaneError> {
+        for growing in &self.maps {
+            let (from, to) =
+                (self.dir.join(SIDE).join(growing.shape.name), self.dir.join(growing.shape.name));
+            fs::rename(&from, &to).map_err(|source| DataplaneError::Pin {
+                op: "replace",
+                path: to,
+                source,
+            })?;
+        }
+        remove_side(&self.dir)
+    }
+}
+
+/// Removes the side directory and what is in it; one that does not exist is fine.
+pub(super) fn remove_side(dir: &Path) -> Result<(), DataplaneError> {
+    let side = dir.join(SIDE);
+    for entry in fs::read_dir(&side).into_iter().flatten().flatten() {
+        super::link::unlink(&entry.path())?;
+    }
+    match fs::remove_dir(&side) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(DataplaneError::Pin { op: "remove", path: side, source })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Growing {
+    fn error(&self, op: &'static str) -> impl Fn(io::Error) -> DataplaneError + use<> {
+        let map = self.shape.name;
+        move |source| DataplaneError::Map { op, map, source }
+    }
+
+    fn size(&self) -> ElemSize {
+        self.shape.elem_size()
+    }
+
+    /// Walks the old map and hands out keys and values, many at once.
+    fn walk(
+        &self,
+        mut each: impl FnMut(&[u8], &[u8]) -> Result<(), DataplaneError>,
+    ) -> Result<(), DataplaneError> {
+        let size = self.size();
+        let mut room = (BATCH_BYTES / (size.key + size.value)).max(1);
+        let mut cursor = None;
+        loop {
+            let (mut keys, mut values) = (vec![0; room * size.key], vec![0; room * size.value]);
+            let read = sys::lookup_batch(self.old.as_fd(), size, cursor.as_ref(), &mut keys, &mut values);
+            let batch = match read {
+                Ok(batch) => batch,
+                // One bucket has more entries than there is room for.
+                Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && room < 1 << 26 => {
+                    room *= 2;
+                    continue;
+                }
+                Err(e) => return Err(self.error("read")(e)),
+            };
+            let (keys, values) = (keys.get(..batch.count * size.key), values.get(..batch.count * size.value));
+            each(keys.unwrap_or_default(), values.unwrap_or_default())?;
+            match batch.next {
+                Some(next) => cursor = Some(next),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn copy_all(&mut self) -> Result<(), DataplaneError> {
+        let mut copied = HashSet::new();
+        let live = is_live(self.shape.name);
+        self.walk(|keys, values| {
+            sys::update_batch(self.new.as_fd(), self.size(), keys, values)
+                .map_err(|stopped| self.error("write")(stopped.source))?;
+            if live {
+                copied.extend(keys.chunks_exact(self.size().key).map(<[u8]>::to_vec));
+            }
+            Ok(())
+        })?;
+        self.copied = Some(copied);
+        Ok(())
+    }
+
+    /// Copies entries that came after they were copied, unless the new map has them by now.
+    fn copy_missed(&self, copied: &HashSet<Vec<u8>>) -> Result<(), DataplaneError> {
+        let size = self.size();
+        self.walk(|keys, values| {
+            for (key, value) in keys.chunks_exact(size.key).zip(values.chunks_exact(size.value)) {
+                if copied.contains(key) {
+                    continue;
+                }
+                match sys::insert(self.new.as_fd(), size, key, value) {
+                    Err(e) if e.raw_os_error() != Some(libc::EEXIST) => return Err(self.error("write")(e)),
+                    _ => {}
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_size_has_its_map() {
+        let sizes = MapSizes {
+            frontends: 1,
+            slots: 2,
+            backends: 3,
+            flows: 4,
+            affinity: 5,
+            members: 6,
+            ranges: 7,
+            maglevs: 8,
+        };
+        let mut found: Vec<u32> = names::ALL.iter().filter_map(|name| wanted(name, &sizes)).collect();
+        found.sort_unstable();
+        found.dedup();
+        assert_eq!(found, [1, 2, 3, 4, 5, 6, 7, 8]);
+    }
+}
