@@ -23,6 +23,7 @@ mod runtime_limits;
 mod runtime_logs;
 mod runtime_survival;
 mod service_bed;
+mod service_change;
 mod service_killed;
 mod service_nft;
 mod service_nft_bed;
