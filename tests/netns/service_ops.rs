@@ -60,6 +60,12 @@ fn node() -> Node {
         let rows = rows.as_array().cloned().unwrap_or_default();
         if rows.iter().any(ready) && rows.iter().any(void) { Ok(()) } else { Err(format!("{rows:?}")) }
     });
+    // The table is whole before it is put to work; health tells the latter.
+    let at = SocketAddr::new(NODE_IP4.parse().expect("an address"), 10256);
+    wait_until("the table to be at work", PATIENCE, || match get_in(&node.outside, at, "/healthz") {
+        Ok((200, _)) => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
     node
 }
 

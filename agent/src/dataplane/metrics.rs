@@ -127,7 +127,7 @@ impl ProxyMetrics {
     }
 
     /// How many services lack the endpoints that a policy wants on this node.
-    pub(super) fn set_no_local_endpoints(&self, internal: usize, external: usize) {
+    pub(crate) fn set_no_local_endpoints(&self, internal: usize, external: usize) {
         for (traffic_policy, count) in
             [(TrafficPolicy::internal, internal), (TrafficPolicy::external, external)]
         {

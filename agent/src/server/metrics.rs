@@ -199,4 +199,55 @@ mod tests {
             assert!(text.contains(line), "{line} in {text}");
         }
     }
+
+    /// Every name that the dashboard's queries use.
+    fn queried(dashboard: &serde_json::Value, names: &mut std::collections::BTreeSet<String>) {
+        match dashboard {
+            serde_json::Value::Object(fields) => {
+                for (field, value) in fields {
+                    if let ("expr" | "query", Some(query)) = (field.as_str(), value.as_str()) {
+                        let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+                        let ours =
+                            |name: &&str| name.starts_with("kubeproxy_") || name.starts_with("sheave_");
+                        names.extend(query.split(word).filter(ours).map(str::to_owned));
+                    }
+                    queried(value, names);
+                }
+            }
+            serde_json::Value::Array(all) => all.iter().for_each(|value| queried(value, names)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn every_metric_of_the_dashboard_is_exported() {
+        let text = include_str!("../../../deploy/grafana-services.json");
+        let mut names = std::collections::BTreeSet::new();
+        queried(&serde_json::from_str(text).expect("the dashboard is JSON"), &mut names);
+        assert!(names.len() > 20, "{names:?}");
+        let stats = crate::dataplane::StatsHandle::default();
+        let mut registry = Registry::default();
+        stats.proxy.register(&mut registry);
+        let code = crate::dataplane::CodeLabels { code: 200 };
+        stats.proxy.healthz.get_or_create(&code).inc();
+        stats.proxy.livez.get_or_create(&code).inc();
+        stats.proxy.set_no_local_endpoints(0, 0);
+        let figures = DataplaneStats {
+            mode: Some((crate::dataplane::Mode::Ebpf, String::new())),
+            reasons: vec![(sheave_ebpf_abi::Counter::Connect, 1)],
+            pressure: vec![crate::dataplane::Pressure { map: "flows", entries: 1, capacity: 2 }],
+            ..DataplaneStats::default()
+        };
+        let mut exported = String::new();
+        write_dataplane(&mut exported, &figures);
+        prometheus_client::encoding::text::encode(&mut exported, &registry).expect("text");
+        let has = |name: &str| {
+            exported.lines().any(|line| {
+                let rest = line.strip_prefix(name);
+                rest.is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' '))
+            })
+        };
+        let missing: Vec<_> = names.iter().filter(|name| !has(name)).collect();
+        assert!(missing.is_empty(), "{missing:?} in {exported}");
+    }
 }
