@@ -6,6 +6,7 @@ use super::foreign;
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, ServiceCheck, StatsHandle};
 use crate::limits;
 use crate::service::{Changes, Event, HealthCheck, NodeFacts, ObjectKey, Observed, Planner, Refusal, Table};
+use nix::net::if_::InterfaceFlags;
 use sample::Sampler;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -202,10 +203,13 @@ impl Driver {
     }
 
     fn refresh_node(&mut self) -> Result<(), DataplaneError> {
-        let mut addresses = interface_addresses()?;
-        addresses.extend(self.chosen.iter().flat_map(|(config, _)| &config.node_ips));
+        let [mut addresses, mut own] = interface_addresses()?;
+        for ip in self.chosen.iter().flat_map(|(config, _)| &config.node_ips) {
+            addresses.insert(*ip);
+            own.insert(*ip);
+        }
         self.plane.set_node_addresses(&addresses)?;
-        self.planner.handle(Event::Node(NodeFacts { addresses: addresses.into_iter().collect() }));
+        self.planner.handle(Event::Node(NodeFacts { addresses: own.into_iter().collect() }));
         Ok(())
     }
 
@@ -244,17 +248,25 @@ fn entries(changes: &Changes) -> u64 {
         + changes.delete_backends.len()) as u64
 }
 
-/// Addresses of this network namespace that others can reach: neither loopback nor link-local.
-fn interface_addresses() -> Result<BTreeSet<IpAddr>, DataplaneError> {
+/// Addresses of this network namespace that others can reach: neither loopback nor link-local. All of them, and those on
+/// devices by which the node itself is reached: dummies and the loopback device may hold addresses of services, put there
+/// by an IPVS proxy or a DNS cache.
+fn interface_addresses() -> Result<[BTreeSet<IpAddr>; 2], DataplaneError> {
     let found = nix::ifaddrs::getifaddrs()
         .map_err(|e| DataplaneError::Host { op: "list the interfaces' addresses", source: e.into() })?;
+    let (mut all, mut own) = (BTreeSet::new(), BTreeSet::new());
     // What the node has for services only is not the node's.
-    let addresses = found.filter(|at| at.interface_name != super::ipvs::DEVICE).filter_map(|at| {
-        let address = at.address?;
+    for at in found.filter(|at| at.interface_name != super::ipvs::DEVICE) {
+        let Some(address) = at.address else { continue };
         let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-    });
-    Ok(addresses.filter(is_reachable).collect())
+        let addr = v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())));
+        let Some(addr) = addr.filter(is_reachable) else { continue };
+        all.insert(addr);
+        if !at.flags.intersects(InterfaceFlags::IFF_LOOPBACK | InterfaceFlags::IFF_NOARP) {
+            own.insert(addr);
+        }
+    }
+    Ok([all, own])
 }
 
 fn is_reachable(addr: &IpAddr) -> bool {

@@ -2,6 +2,8 @@
 //! against the kernel's. Invariant: nothing here does I/O or reads a clock; the same events in the same order give
 //! the same changes.
 
+#[cfg(test)]
+mod beside_tests;
 mod changes;
 pub mod maglev;
 mod model;

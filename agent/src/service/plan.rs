@@ -10,7 +10,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// Facts about this node that the table depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeFacts {
-    /// The node's own addresses: an endpoint on one of them is local even where the slice names no node.
+    /// The addresses by which the node itself is reached: an endpoint on one of them is local even where the slice names
+    /// no node, and no cluster IP may be one of them.
     pub addresses: Vec<IpAddr>,
 }
 
