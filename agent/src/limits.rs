@@ -134,6 +134,8 @@ pub const DATAPLANE_NOTICES_QUEUED_MAX: usize = 256;
 pub const DATAPLANE_SERVICES_PER_ROUND_MAX: usize = 10_000;
 /// Rounds after one batch of events; in all but the first few, freed room lets refused services in.
 pub const DATAPLANE_ROUNDS_MAX: usize = 1024;
+/// How long after sockets of gone backends were ended they are looked for once more.
+pub const STALE_SOCKETS_AGAIN_MS: u64 = 200;
 /// How often links and node addresses are looked after.
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
 /// Longest pause between two tries of a watch.

@@ -25,6 +25,7 @@ mod runtime_survival;
 mod service_bed;
 mod service_change;
 mod service_killed;
+mod service_kinds;
 mod service_nft;
 mod service_nft_bed;
 mod service_nodeport;

@@ -35,6 +35,8 @@ pub struct DataplaneStats {
     pub attach_errors_total: u64,
     /// Map entries written or deleted.
     pub entries_written_total: u64,
+    /// UDP sockets that were ended because they were connected to a backend that is gone.
+    pub sockets_ended_total: u64,
     /// How long the last round took, plan and write.
     pub last_apply: Duration,
     /// The longest of all rounds after the first.

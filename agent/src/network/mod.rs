@@ -27,7 +27,9 @@ pub use node::{NodeAddresses, node_addresses};
 use act::{NodeRows, Sides};
 use leases::{Lease, Leases, Netns, check_uid};
 use netlink::Connection;
-pub(crate) use netlink::{AddressDevice, Attributes, Generic, attributes, has_clsact_filter};
+pub(crate) use netlink::{
+    AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, attributes, has_clsact_filter,
+};
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;
 use plan::{Conflict, Want, is_node_link, node_link_name};

@@ -37,6 +37,15 @@ impl Address {
         }
     }
 
+    /// Whether the address is `0.0.0.0` or `::`.
+    #[inline(always)]
+    pub const fn is_unspecified(&self) -> bool {
+        match self.as_v4() {
+            Some(word) => word == 0,
+            None => self.words[0] == 0 && self.words[1] == 0 && self.words[2] == 0 && self.words[3] == 0,
+        }
+    }
+
     /// Whether the address is in 127.0.0.0/8 or is `::1`.
     #[inline(always)]
     pub const fn is_loopback(&self) -> bool {

@@ -43,8 +43,6 @@ pub trait Affinities {
 
 /// Facts about the calling socket, and its memory of translations.
 pub trait Socket {
-    /// Whether the socket lives in the node's own network namespace.
-    fn in_node_netns(&self, config: &Config) -> bool;
     /// The socket's cookie, unique while the kernel runs.
     fn cookie(&self) -> u64;
     /// The entry in the socket's own storage.

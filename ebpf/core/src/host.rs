@@ -1,9 +1,9 @@
 //! A pretended kernel for the tests. Invariant: it behaves as the maps and helpers do, including the recycled
 //! elements that a reader may meet.
 
-use crate::env::{Socket, Table};
+use crate::env::{Affinities, Socket, Table};
 use crate::golden;
-use crate::resolve::{Destination, Resolution, resolve};
+use crate::resolve::{Caller, Destination, Resolution, resolve};
 use crate::reverse::{self, Remembered};
 use crate::select;
 use sheave_ebpf_abi::*;
@@ -86,8 +86,39 @@ impl Kernel {
     }
 
     fn resolve(&self, d: &Destination, entropy: u32) -> Resolution {
-        let config = self.config().unwrap();
-        resolve(self, d, || self.in_node_netns(&config), entropy)
+        resolve(self, d, &Asking { host_socket: self.host_socket, entropy })
+    }
+}
+
+struct Asking {
+    host_socket: bool,
+    entropy: u32,
+}
+
+impl Caller for Asking {
+    fn on_node(&self, _: &Config) -> bool {
+        self.host_socket
+    }
+    fn entropy(&self, _: u8) -> u32 {
+        self.entropy
+    }
+    fn netns_cookie(&self) -> u64 {
+        77
+    }
+    fn now_s(&self) -> u32 {
+        0
+    }
+}
+
+impl Affinities for Kernel {
+    fn affinity(&self, _: &AffinityKey) -> Option<Affinity> {
+        None
+    }
+    fn bind(&self, _: &AffinityKey, _: &Affinity, _: bool) -> bool {
+        false
+    }
+    fn member(&self, _: &MemberKey) -> Option<u32> {
+        None
     }
 }
 
@@ -120,7 +151,7 @@ impl Table for Kernel {
             node_netns_cookie: 1,
             node_port_min: 30_000,
             node_port_max: 32_767,
-            flags: self.config_flags.get(),
+            flags: config_flag::LOOPBACK_NODE_PORTS | self.config_flags.get(),
             node4: address(golden::PLACES[0].node),
             node6: address(golden::PLACES[1].node),
             snat_port_min: 61_000,
@@ -136,9 +167,6 @@ impl Table for Kernel {
 }
 
 impl Socket for Kernel {
-    fn in_node_netns(&self, _: &Config) -> bool {
-        self.host_socket
-    }
     fn cookie(&self) -> u64 {
         0x1_0000_0002
     }
@@ -237,16 +265,16 @@ fn sockets_remember_whom_they_asked() {
         assert_eq!(send(&one, &b("10.244.0.1", 1), 1), Remembered::Before);
         assert_eq!(send(&two, &b("10.244.0.2", 2), 2), Remembered::Newly);
         assert_eq!(send(&two, &b("10.244.0.2", 2), 2), Remembered::Before);
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((one.addr, one.port)));
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 9, PROTO_UDP)), Some((two.addr, two.port)));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((one, 1)));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 9, PROTO_UDP)), Some((two, 2)));
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 10, PROTO_UDP)), None);
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 10, PROTO_UDP)), None);
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.3", 9, PROTO_UDP)), None);
         // The same backend through another service: the last one that was asked.
         assert_eq!(send(&two, &b("10.244.0.1", 1), 2), Remembered::Newly);
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((two.addr, two.port)));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((two, 2)));
         assert!(reverse::remember_peer(&kernel, &one, &b("10.244.0.9", 9), 1));
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.9", 9, PROTO_UDP)), Some((one.addr, one.port)));
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.9", 9, PROTO_UDP)), Some((one, 1)));
     }
 }
 

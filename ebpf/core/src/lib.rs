@@ -4,6 +4,7 @@
 //! Everything is `#[inline(always)]`: the kernel's verifier wants one flat program a hook.
 #![no_std]
 
+pub mod affinity;
 pub mod answer;
 pub mod balance;
 pub mod checksum;
@@ -22,3 +23,5 @@ extern crate std;
 pub mod golden;
 #[cfg(test)]
 mod host;
+#[cfg(test)]
+mod socket_tests;

@@ -1,9 +1,13 @@
 //! From a destination to a backend. Invariant: a backend is returned only when frontend, slot and backend named each
 //! other, so a table that changes under the reader never sends anything to another service's backend.
 
-use crate::env::Table;
+use crate::affinity;
+use crate::env::{Affinities, Table};
 use crate::select::{self, Range, Scope};
-use sheave_ebpf_abi::{Address, Backend, Counter, Frontend, Frontend4Key, Frontend6Key, frontend_flag};
+use sheave_ebpf_abi::{
+    Address, Backend, Config, Counter, Frontend, Frontend4Key, Frontend6Key, config_flag, frontend_flag,
+    node_addr_flag,
+};
 
 /// A transport address, port in network order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,24 +83,34 @@ pub fn backend_at<T: Table>(table: &T, service: u32, index: u32) -> Option<Backe
     if backend.id != slot.backend { None } else { Some(backend) }
 }
 
-/// Resolves what a socket on this node asked for. `loopback_node_ports`: NodePorts on 127.0.0.0/8 and `::1` are
-/// meant for the caller, which is so in the node's own network namespace only; asked only when it matters.
-/// `entropy`: 32 evenly distributed bits.
+/// Who asks. Every answer costs something and is asked for only where it matters.
+pub trait Caller {
+    /// Whether it lives in the node's own network namespace.
+    fn on_node(&self, config: &Config) -> bool;
+    /// 32 evenly distributed bits, the same for all datagrams of a socket.
+    fn entropy(&self, proto: u8) -> u32;
+    /// Cookie of its network namespace.
+    fn netns_cookie(&self) -> u64;
+    /// Seconds of the kernel's monotonic clock.
+    fn now_s(&self) -> u32;
+}
+
+/// Resolves what a socket on this node asked for.
 #[inline(always)]
-pub fn resolve<T: Table>(
-    table: &T,
-    to: &Destination,
-    loopback_node_ports: impl Fn() -> bool,
-    entropy: u32,
-) -> Resolution {
+pub fn resolve<T: Table + Affinities, C: Caller>(table: &T, to: &Destination, caller: &C) -> Resolution {
     let mut attempt = 0;
     while attempt < ATTEMPTS {
-        let Some(found) = lookup(table, to, &loopback_node_ports) else { return Resolution::NotService };
-        let local_only = found.flags & (frontend_flag::INTERNAL_LOCAL | frontend_flag::NODE_PORT)
-            == frontend_flag::INTERNAL_LOCAL;
-        let scope = if local_only { Scope::Local } else { Scope::Cluster };
+        let Some(found) = lookup(table, to, caller) else { return Resolution::NotService };
+        let scope = scope_at_socket(&found);
         let Some(range) = select::range(&found, scope) else { return Resolution::NoEndpoints };
-        if let Some(backend) = backend_of(table, found.service, range, entropy) {
+        let pick = || backend_of(table, found.service, range, caller.entropy(to.proto));
+        let backend = if found.affinity_timeout_s == 0 {
+            pick()
+        } else {
+            let key = affinity::netns_key(caller.netns_cookie(), found.service, scope);
+            affinity::choose(table, &key, &found, scope, caller.now_s(), pick)
+        };
+        if let Some(backend) = backend {
             return Resolution::To(backend, found.service);
         }
         table.count(Counter::SlotRetry);
@@ -105,19 +119,97 @@ pub fn resolve<T: Table>(
     Resolution::Stale
 }
 
+/// `internalTrafficPolicy` is about the ClusterIP; whoever asks for another kind from inside gets policy Cluster.
 #[inline(always)]
-fn lookup<T: Table>(
-    table: &T,
-    to: &Destination,
-    loopback_node_ports: &impl Fn() -> bool,
-) -> Option<Frontend> {
-    if let Some(found) = frontend(table, to) {
-        return Some(found);
+fn scope_at_socket(frontend: &Frontend) -> Scope {
+    const KINDS: u32 = frontend_flag::NODE_PORT
+        | frontend_flag::LOAD_BALANCER
+        | frontend_flag::EXTERNAL_IP
+        | frontend_flag::HOST_PORT;
+    if frontend.flags & (KINDS | frontend_flag::INTERNAL_LOCAL) == frontend_flag::INTERNAL_LOCAL {
+        Scope::Local
+    } else {
+        Scope::Cluster
     }
-    if !in_node_port_range(table, to.port) {
-        return None;
+}
+
+/// Frontends that belong to this node's addresses only: any service may claim the world's addresses as external IPs
+/// (CVE-2020-8554), and a wildcard key says nothing of the address.
+const NODE_BOUND: u32 = frontend_flag::NODE_PORT | frontend_flag::EXTERNAL_IP | frontend_flag::HOST_PORT;
+
+#[inline(always)]
+fn lookup<T: Table, C: Caller>(table: &T, to: &Destination, caller: &C) -> Option<Frontend> {
+    let found = match frontend(table, to) {
+        Some(found) if found.flags & NODE_BOUND == 0 => return Some(found),
+        Some(found) => found,
+        None => wildcard(table, to)?,
+    };
+    if is_reached(table, &found, to, caller) { Some(found) } else { None }
+}
+
+/// The NodePort or hostPort of every address of the node.
+#[inline(always)]
+fn wildcard<T: Table>(table: &T, to: &Destination) -> Option<Frontend> {
+    let config = table.config()?;
+    let port = u16::from_be(to.port);
+    let in_range = config.node_port_min <= port && port <= config.node_port_max;
+    if in_range || config.flags & config_flag::HOST_PORTS != 0 { node_port_frontend(table, to) } else { None }
+}
+
+/// Whether the caller reaches a frontend of the node by this address.
+#[inline(always)]
+fn is_reached<T: Table, C: Caller>(table: &T, found: &Frontend, to: &Destination, caller: &C) -> bool {
+    let node_port = found.flags & frontend_flag::NODE_PORT != 0;
+    // The kernel takes the unspecified address for loopback.
+    if !(to.addr.is_loopback() || to.addr.is_unspecified()) {
+        let wanted = if node_port { node_addr_flag::NODE_PORTS } else { node_addr_flag::OURS };
+        return table.node_flags(&to.addr) & wanted != 0;
     }
-    let found = node_port_frontend(table, to)?;
-    let ours = if to.addr.is_loopback() { loopback_node_ports() } else { table.is_node_address(&to.addr) };
-    if ours { Some(found) } else { None }
+    let Some(config) = table.config() else { return false };
+    let has_it = if node_port {
+        config.flags & config_flag::LOOPBACK_NODE_PORTS != 0
+    } else {
+        found.flags & frontend_flag::HOST_PORT != 0
+    };
+    has_it && caller.on_node(&config)
+}
+
+/// Whether a socket in the node's own network namespace may not listen at `at`, because a service has it: a NodePort,
+/// or the address of a load balancer or external IP that is one of the node's.
+#[inline(always)]
+pub fn is_taken<T: Table>(table: &T, at: &Destination) -> bool {
+    const OWNED: u32 = frontend_flag::LOAD_BALANCER | frontend_flag::EXTERNAL_IP;
+    let unspecified = at.addr.is_unspecified();
+    if !unspecified && frontend(table, at).is_some_and(|found| found.flags & OWNED != 0) {
+        return true;
+    }
+    let Some(config) = table.config() else { return false };
+    let port = u16::from_be(at.port);
+    if port < config.node_port_min || config.node_port_max < port {
+        return false;
+    }
+    let is_node_port = |to: &Destination| {
+        node_port_frontend(table, to).is_some_and(|found| found.flags & frontend_flag::NODE_PORT != 0)
+    };
+    // A socket at `::` hears IPv4 too.
+    let any4 = Destination { addr: Address::v4(0), ..*at };
+    if !is_node_port(at) && !(unspecified && at.addr.as_v4().is_none() && is_node_port(&any4)) {
+        return false;
+    }
+    unspecified
+        || if at.addr.is_loopback() {
+            config.flags & config_flag::LOOPBACK_NODE_PORTS != 0
+        } else {
+            table.node_flags(&at.addr) & node_addr_flag::NODE_PORTS != 0
+        }
+}
+
+/// Whether the service `id` still has what a socket once asked for.
+#[inline(always)]
+pub fn is_current<T: Table>(table: &T, asked: &Destination, id: u32) -> bool {
+    let found = match frontend(table, asked) {
+        Some(found) => Some(found),
+        None => wildcard(table, asked),
+    };
+    found.is_some_and(|found| found.service == id)
 }

@@ -80,15 +80,17 @@ fn remember_in_lru<S: Socket>(
     if socket.set_reverse(&key, &value) { Remembered::Newly } else { Remembered::No }
 }
 
-/// What the program asked for when it now hears of `peer`; `None` when `peer` is not a backend of this socket.
+/// What the program asked for when it now hears of `peer`, and the id of that service; `None` when `peer` is not a
+/// backend of this socket.
 #[inline(always)]
-pub fn recall<S: Socket>(socket: &S, peer: &Destination) -> Option<(Address, u16)> {
+pub fn recall<S: Socket>(socket: &S, peer: &Destination) -> Option<(Destination, u32)> {
+    let asked = |addr, port| Destination { addr, port, proto: peer.proto };
     if let Some(held) = socket.stored()
         && held.backend == peer.addr
         && held.backend_port == peer.port
     {
-        return Some((held.service, held.service_port));
+        return Some((asked(held.service, held.service_port), held.service_id));
     }
     let value = socket.reverse(&lru_key(socket.cookie(), &peer.addr, peer.port, peer.proto))?;
-    Some((value.service, value.port))
+    Some((asked(value.service, value.port), value.service_id))
 }

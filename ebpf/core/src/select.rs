@@ -26,21 +26,33 @@ pub struct Range {
 /// (KEP-1669). `None` when nothing serves.
 #[inline(always)]
 pub fn range(frontend: &Frontend, scope: Scope) -> Option<Range> {
-    let local_ready = u32::from(frontend.local_ready);
-    let ready = local_ready + u32::from(frontend.remote_ready);
-    let local_terminating = u32::from(frontend.local_terminating);
-    let terminating = local_terminating + u32::from(frontend.remote_terminating);
-    let (first, fallback) = match scope {
-        Scope::Cluster => (ready, terminating),
-        Scope::Local => (local_ready, local_terminating),
-    };
+    let ready = u32::from(frontend.local_ready) + u32::from(frontend.remote_ready);
+    let (skipped, first) = ready_in(frontend, scope);
     if first != 0 {
-        return Some(Range { base: frontend.base, len: first });
+        return Some(Range { base: frontend.base + skipped, len: first });
     }
+    let local_terminating = u32::from(frontend.local_terminating);
+    let fallback = match scope {
+        Scope::Cluster => local_terminating + u32::from(frontend.remote_terminating),
+        Scope::Local => local_terminating,
+    };
     if fallback != 0 {
         return Some(Range { base: frontend.base + ready, len: fallback });
     }
     None
+}
+
+/// The ready endpoints that `scope` may use: how many slots of the run come before them, and how many they are.
+#[inline(always)]
+pub fn ready_in(frontend: &Frontend, scope: Scope) -> (u32, u32) {
+    let local_ready = u32::from(frontend.local_ready);
+    match scope {
+        Scope::Local => (0, local_ready),
+        Scope::Cluster => {
+            let skipped = u32::from(frontend.local_only).min(local_ready);
+            (skipped, local_ready - skipped + u32::from(frontend.remote_ready))
+        }
+    }
 }
 
 /// The slot that `entropy` (32 evenly distributed bits) picks from `range`.
@@ -151,6 +163,15 @@ mod tests {
     }
 
     #[test]
+    fn what_hints_keep_for_others_is_for_policy_local_alone() {
+        let f = Frontend { local_only: 2, ..frontend([3, 4, 5, 6]) };
+        assert_eq!(range(&f, Scope::Cluster), Some(Range { base: 102, len: 5 }));
+        assert_eq!(range(&f, Scope::Local), Some(Range { base: 100, len: 3 }));
+        let all = Frontend { local_only: 3, ..frontend([3, 0, 5, 6]) };
+        assert_eq!(range(&all, Scope::Cluster), Some(Range { base: 103, len: 11 }));
+    }
+
+    #[test]
     fn nothing_serves() {
         assert_eq!(range(&frontend([0, 0, 0, 0]), Scope::Cluster), None);
         assert_eq!(range(&frontend([0, 7, 0, 3]), Scope::Local), None);
@@ -167,8 +188,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranges_stay_inside_the_run(counts in any::<[u16; 4]>(), entropy in any::<u32>()) {
-            let f = frontend(counts);
+        fn ranges_stay_inside_the_run(
+            counts in any::<[u16; 4]>(),
+            local_only in any::<u16>(),
+            entropy in any::<u32>(),
+        ) {
+            let f = Frontend { local_only, ..frontend(counts) };
             for scope in [Scope::Cluster, Scope::Local] {
                 if let Some(r) = range(&f, scope) {
                     let slot = pick(r, entropy);

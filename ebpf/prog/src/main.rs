@@ -4,6 +4,7 @@
 #![no_main]
 #![expect(unsafe_code, reason = "map references, context accesses and helpers are unsafe in a BPF program")]
 
+mod bind;
 mod connect;
 mod event;
 mod maps;

@@ -5,7 +5,7 @@ use crate::sock::{ALLOW, Call};
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use sheave_ebpf_abi::{Address, Counter};
 use sheave_ebpf_core::env::Table as _;
-use sheave_ebpf_core::resolve::Destination;
+use sheave_ebpf_core::resolve::{Destination, is_current};
 use sheave_ebpf_core::reverse;
 
 #[cgroup_sock_addr(recvmsg4)]
@@ -40,9 +40,11 @@ fn show(
     set: impl Fn(&Address, u16) -> bool,
 ) -> i32 {
     let Some(peer) = peer else { return ALLOW };
-    if let Some((addr, port)) = reverse::recall(call, &peer)
-        && set(&addr, port)
-    {
+    let Some((asked, service)) = reverse::recall(call, &peer) else { return ALLOW };
+    // A connection was made through the service for good; a datagram may come long after the service has gone.
+    if counter == Counter::Recvmsg && !is_current(&Maps, &asked, service) {
+        Maps.count(Counter::RecvmsgStale);
+    } else if set(&asked.addr, asked.port) {
         Maps.count(counter);
     }
     ALLOW

@@ -6,7 +6,9 @@ use crate::maps::{self, REVERSE_LRU, REVERSE_SK};
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock_addr,
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval,
+    },
     programs::SockAddrContext,
 };
 use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
@@ -15,11 +17,11 @@ use sheave_ebpf_abi::{
     ReverseValue, event_kind,
 };
 use sheave_ebpf_core::env::{Socket, Table as _};
-use sheave_ebpf_core::resolve::{Destination, Resolution, resolve};
+use sheave_ebpf_core::resolve::{Caller, Destination, Resolution, resolve};
 use sheave_ebpf_core::select;
 
 /// IPPROTO_MPTCP (uapi/linux/in.h): behaves as TCP here.
-const PROTO_MPTCP: u32 = 262;
+pub const PROTO_MPTCP: u32 = 262;
 /// ECONNREFUSED (asm-generic/errno.h), what a refused port answers.
 const ECONNREFUSED: i32 = 111;
 /// ENOBUFS (asm-generic/errno.h).
@@ -30,7 +32,7 @@ const EAGAIN: i32 = 11;
 /// The call goes on.
 pub const ALLOW: i32 = 1;
 /// The call fails with the value given to `bpf_set_retval`, else with EPERM.
-const DENY: i32 = 0;
+pub const DENY: i32 = 0;
 
 /// A hook's context as a socket and its address.
 pub struct Call<'a> {
@@ -120,17 +122,6 @@ impl<'a> Call<'a> {
         true
     }
 
-    /// TCP picks at random; UDP by socket, so that the datagrams of one socket stay with one backend.
-    #[inline(always)]
-    fn entropy(&self, proto: u8) -> u32 {
-        if proto == PROTO_UDP {
-            select::mix(self.cookie())
-        } else {
-            // SAFETY: the helper takes nothing and cannot fail.
-            unsafe { bpf_get_prandom_u32() }
-        }
-    }
-
     /// The backend for `asked`, or the verdict that ends the call.
     #[inline(always)]
     pub fn resolve(
@@ -139,8 +130,7 @@ impl<'a> Call<'a> {
         no_endpoints: Counter,
         hook: u8,
     ) -> Result<(Backend, u32), i32> {
-        let on_node = || maps::Maps.config().is_some_and(|config| self.in_node_netns(&config));
-        match resolve(&maps::Maps, asked, on_node, self.entropy(asked.proto)) {
+        match resolve(&maps::Maps, asked, self) {
             Resolution::NotService => Err(ALLOW),
             Resolution::NoEndpoints => Err(refuse(asked, hook, no_endpoints, ECONNREFUSED)),
             Resolution::Stale => Err(refuse(asked, hook, Counter::StaleSlot, EAGAIN)),
@@ -180,7 +170,7 @@ fn of_call(asked: &Destination, hook: u8, kind: u8, counter: Counter) -> Event {
 }
 
 #[inline(always)]
-fn refuse(asked: &Destination, hook: u8, counter: Counter, errno: i32) -> i32 {
+pub fn refuse(asked: &Destination, hook: u8, counter: Counter, errno: i32) -> i32 {
     maps::Maps.count(counter);
     tell(|| of_call(asked, hook, event_kind::DROP, counter));
     // SAFETY: the helper takes an errno; where it fails the call ends with EPERM instead.
@@ -188,14 +178,37 @@ fn refuse(asked: &Destination, hook: u8, counter: Counter, errno: i32) -> i32 {
     DENY
 }
 
-impl Socket for Call<'_> {
+impl Caller for Call<'_> {
     #[inline(always)]
-    fn in_node_netns(&self, config: &Config) -> bool {
-        // SAFETY: the context is valid for the whole program.
-        let cookie = unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) };
-        cookie == config.node_netns_cookie
+    fn on_node(&self, config: &Config) -> bool {
+        self.netns_cookie() == config.node_netns_cookie
     }
 
+    /// TCP picks at random; UDP by socket, so that the datagrams of one socket stay with one backend.
+    #[inline(always)]
+    fn entropy(&self, proto: u8) -> u32 {
+        if proto == PROTO_UDP {
+            select::mix(self.cookie())
+        } else {
+            // SAFETY: the helper takes nothing and cannot fail.
+            unsafe { bpf_get_prandom_u32() }
+        }
+    }
+
+    #[inline(always)]
+    fn netns_cookie(&self) -> u64 {
+        // SAFETY: the context is valid for the whole program.
+        unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn now_s(&self) -> u32 {
+        // SAFETY: the helper takes nothing and cannot fail.
+        (unsafe { bpf_ktime_get_ns() } / 1_000_000_000) as u32
+    }
+}
+
+impl Socket for Call<'_> {
     #[inline(always)]
     fn cookie(&self) -> u64 {
         // SAFETY: the context is valid for the whole program.

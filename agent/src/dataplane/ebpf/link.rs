@@ -24,6 +24,8 @@ pub(super) const CGROUP_HOOKS: &[(&str, u32)] = &[
     ("shv_sendmsg6", 15),
     ("shv_connect4", 10),
     ("shv_connect6", 11),
+    ("shv_post_bind4", 12),
+    ("shv_post_bind6", 13),
 ];
 
 /// A program at a network device, with the direction's name in pins and its attach type.

@@ -4,7 +4,7 @@
 use super::grow;
 use super::map::{self, SHAPES};
 use crate::dataplane::{DataplaneError, MapSizes};
-use aya::programs::{CgroupSockAddr, Program, SchedClassifier, Xdp};
+use aya::programs::{CgroupSock, CgroupSockAddr, Program, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use std::error::Error;
 use std::io;
@@ -51,6 +51,7 @@ pub(super) fn program(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd, DataplaneE
     }
     let loaded = match program {
         Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
+        Program::CgroupSock(program) => CgroupSock::load(program),
         Program::SchedClassifier(program) => SchedClassifier::load(program),
         Program::Xdp(program) => Xdp::load(program),
         _ => return Err(unknown()),

@@ -8,7 +8,9 @@ mod link;
 mod list;
 mod load;
 mod map;
+mod node;
 mod probe;
+mod sockets;
 mod sys;
 mod trace;
 mod uplink;
@@ -23,13 +25,13 @@ pub use trace::{Candidate, Origin, Outcome, Question, Step, Trace, trace};
 
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode};
 use crate::limits;
-use crate::service::{Abilities, Capacity, Changes, FrontendEntry, FrontendKey, Observed};
+use crate::service::{Abilities, Capacity, Changes, FrontendEntry, FrontendKey, FrontendKind, Observed};
 use aya::Ebpf;
 use link::{CALLS, CGROUP_HOOKS, DeviceHook, LINKS, POD_HOOKS, Target, UPLINK_HOOKS};
 use map::Map;
 use sheave_ebpf_abi::{
     ABI_VERSION, Address, Backend, Config, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable,
-    MemberKey, RangeKey, Slot, config_flag, map as names, node_addr_flag,
+    MemberKey, RangeKey, Slot, config_flag, map as names,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -100,6 +102,56 @@ impl Maps {
         let ranges = ranges.iter().filter_map(|(key, _)| encode::from_range_key(key)).collect();
         Ok(Observed { frontends, slots, backends, members, ranges })
     }
+
+    /// Makes the changes, in the order of their fields.
+    fn apply(&self, changes: &Changes) -> Result<(), DataplaneError> {
+        let maps = self;
+        maps.backends.put_all(changes.put_backends.iter().map(|(id, at)| (*id, encode::backend(*id, at))))?;
+        let slots: Vec<_> = changes.put_runs.iter().flat_map(encode::slots).collect();
+        maps.slots.put_all(slots.into_iter())?;
+        for write in &changes.put_maglevs {
+            let mut table = MaglevTable { picks: [0; MAGLEV_SLOTS] };
+            table.picks.iter_mut().zip(write.picks.iter()).for_each(|(slot, pick)| *slot = *pick);
+            maps.maglev.put(&write.id, &table)?;
+        }
+        let members: Vec<_> = changes
+            .put_members
+            .iter()
+            .map(|(key, held)| (encode::member_key(*key), encode::member(*held)))
+            .collect();
+        maps.members.put_all(members.into_iter())?;
+        for (service, range) in &changes.put_ranges {
+            maps.ranges.put(&encode::range_key(*service, range), &1)?;
+        }
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        for (key, entry) in &changes.put_frontends {
+            match encode::key(key) {
+                encode::Key::V4(key) => v4.push((key, encode::frontend(entry))),
+                encode::Key::V6(key) => v6.push((key, encode::frontend(entry))),
+            }
+        }
+        maps.frontends4.put_all(v4.into_iter())?;
+        maps.frontends6.put_all(v6.into_iter())?;
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        for key in &changes.delete_frontends {
+            match encode::key(key) {
+                encode::Key::V4(key) => v4.push(key),
+                encode::Key::V6(key) => v6.push(key),
+            }
+        }
+        maps.frontends4.delete_all(v4.into_iter())?;
+        maps.frontends6.delete_all(v6.into_iter())?;
+        for (service, range) in &changes.delete_ranges {
+            maps.ranges.delete(&encode::range_key(*service, range))?;
+        }
+        maps.members.delete_all(changes.delete_members.iter().map(|key| encode::member_key(*key)))?;
+        maps.backends.delete_all(changes.delete_backends.iter().copied())
+    }
+}
+
+/// Whether the frontend is a hostPort of every address of the node.
+fn is_host_port(key: &FrontendKey, entry: &FrontendEntry) -> bool {
+    entry.policy.kind == FrontendKind::HostPort && key.addr.is_unspecified()
 }
 
 /// Programs, maps and links of one node.
@@ -112,6 +164,13 @@ pub struct EbpfDataplane {
     /// Loaded only when something has to be attached.
     object: Option<Ebpf>,
     node_addresses: BTreeSet<IpAddr>,
+    /// Their flags are of these settings.
+    told_addresses: bool,
+    /// Frontends of every address of the node that are hostPorts.
+    host_ports: BTreeSet<FrontendKey>,
+    sockets: sockets::Ender,
+    /// What another agent left undone was looked for.
+    looked_at_sockets: bool,
 }
 
 impl EbpfDataplane {
@@ -133,7 +192,19 @@ impl EbpfDataplane {
         let maps = Maps::open(&dir)?;
         let node_addresses = maps.node_addrs.entries(usize::MAX)?;
         let node_addresses = node_addresses.iter().map(|(a, _)| encode::from_address(a)).collect();
-        let mut plane = Self { dir, cgroup, settings: config.clone(), maps, object, node_addresses };
+        let sockets = sockets::Ender::new(&dir, &cgroup, config.stats.clone());
+        let mut plane = Self {
+            dir,
+            cgroup,
+            settings: config.clone(),
+            maps,
+            object,
+            node_addresses,
+            told_addresses: false,
+            host_ports: BTreeSet::new(),
+            sockets,
+            looked_at_sockets: false,
+        };
         plane.write_config(config, plane.config()?.object_digest)?;
         if let Some((growth, object)) = grow::begin(&plane.dir, &config.sizes)? {
             plane.grow(growth, object)?;
@@ -180,7 +251,7 @@ impl EbpfDataplane {
             object_digest,
             node_port_min,
             node_port_max,
-            flags: if config.masquerade_all { config_flag::MASQUERADE_ALL } else { 0 },
+            flags: node::config_flags(config) | self.config()?.flags & config_flag::HOST_PORTS,
             events_until_s: self.config()?.events_until_s,
             snat_port_min: limits::SNAT_PORTS.0,
             snat_port_max: limits::SNAT_PORTS.1,
@@ -205,6 +276,19 @@ impl EbpfDataplane {
 
     fn link_path(&self, hook: &str) -> PathBuf {
         self.dir.join(LINKS).join(hook)
+    }
+
+    /// Takes note of hostPorts, and tells the programs when there are some, before they are written, or none any more,
+    /// after they were deleted.
+    fn note_host_ports(&mut self, host_ports: BTreeSet<FrontendKey>) -> Result<(), DataplaneError> {
+        let held = self.config()?;
+        let without = held.flags & !config_flag::HOST_PORTS;
+        let flags = if host_ports.is_empty() { without } else { held.flags | config_flag::HOST_PORTS };
+        if flags != held.flags {
+            self.maps.config.put(&0, &Config { flags, ..held })?;
+        }
+        self.host_ports = host_ports;
+        Ok(())
     }
 
     /// Whether every hook holds its link, whatever program is in it.
@@ -283,62 +367,41 @@ impl Dataplane for EbpfDataplane {
     }
 
     fn observe(&mut self) -> Result<Observed, DataplaneError> {
-        self.maps.observe()
+        let observed = self.maps.observe()?;
+        let held = observed.frontends.iter().filter(|(key, entry)| is_host_port(key, entry));
+        self.note_host_ports(held.map(|(key, _)| *key).collect())?;
+        Ok(observed)
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), DataplaneError> {
-        let maps = &self.maps;
-        maps.backends.put_all(changes.put_backends.iter().map(|(id, at)| (*id, encode::backend(*id, at))))?;
-        let slots: Vec<_> = changes.put_runs.iter().flat_map(encode::slots).collect();
-        maps.slots.put_all(slots.into_iter())?;
-        for write in &changes.put_maglevs {
-            let mut table = MaglevTable { picks: [0; MAGLEV_SLOTS] };
-            table.picks.iter_mut().zip(write.picks.iter()).for_each(|(slot, pick)| *slot = *pick);
-            maps.maglev.put(&write.id, &table)?;
+        let mut host_ports = self.host_ports.clone();
+        host_ports.extend(
+            changes.put_frontends.iter().filter(|(key, entry)| is_host_port(key, entry)).map(|(key, _)| *key),
+        );
+        if host_ports.len() != self.host_ports.len() {
+            self.note_host_ports(host_ports.clone())?;
         }
-        let members: Vec<_> = changes
-            .put_members
-            .iter()
-            .map(|(key, held)| (encode::member_key(*key), encode::member(*held)))
-            .collect();
-        maps.members.put_all(members.into_iter())?;
-        for (service, range) in &changes.put_ranges {
-            maps.ranges.put(&encode::range_key(*service, range), &1)?;
-        }
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
-        for (key, entry) in &changes.put_frontends {
-            match encode::key(key) {
-                encode::Key::V4(key) => v4.push((key, encode::frontend(entry))),
-                encode::Key::V6(key) => v6.push((key, encode::frontend(entry))),
-            }
-        }
-        maps.frontends4.put_all(v4.into_iter())?;
-        maps.frontends6.put_all(v6.into_iter())?;
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
-        for key in &changes.delete_frontends {
-            match encode::key(key) {
-                encode::Key::V4(key) => v4.push(key),
-                encode::Key::V6(key) => v6.push(key),
-            }
-        }
-        maps.frontends4.delete_all(v4.into_iter())?;
-        maps.frontends6.delete_all(v6.into_iter())?;
-        for (service, range) in &changes.delete_ranges {
-            maps.ranges.delete(&encode::range_key(*service, range))?;
-        }
-        maps.members.delete_all(changes.delete_members.iter().map(|key| encode::member_key(*key)))?;
-        maps.backends.delete_all(changes.delete_backends.iter().copied())
+        self.maps.apply(changes)?;
+        self.sockets.end(&changes.lost);
+        let is_gone = |key: &FrontendKey| {
+            changes.delete_frontends.contains(key)
+                || changes.put_frontends.get(key).is_some_and(|entry| !is_host_port(key, entry))
+        };
+        host_ports.retain(|key| !is_gone(key));
+        if host_ports.len() != self.host_ports.len() { self.note_host_ports(host_ports) } else { Ok(()) }
     }
 
     fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<(), DataplaneError> {
-        for addr in addresses.difference(&self.node_addresses) {
-            let flags = node_addr_flag::OURS | node_addr_flag::NODE_PORTS;
+        // All of them: which one is primary depends on the others, and what was adopted on other settings.
+        for addr in addresses.iter().filter(|_| !self.told_addresses || *addresses != self.node_addresses) {
+            let flags = node::address_flags(*addr, addresses, &self.settings);
             self.maps.node_addrs.put(&encode::address(*addr), &flags)?;
         }
         for addr in self.node_addresses.difference(addresses) {
             self.maps.node_addrs.delete(&encode::address(*addr))?;
         }
         self.node_addresses.clone_from(addresses);
+        self.told_addresses = true;
         Ok(())
     }
 
@@ -350,11 +413,17 @@ impl Dataplane for EbpfDataplane {
             counters.set_counters(self.counters()?);
             return Ok(Attached::TableIsNew);
         }
+        if !std::mem::replace(&mut self.looked_at_sockets, true) {
+            self.sockets.end_all();
+        }
         let target = Target::cgroup(&self.cgroup)?;
         let digest = sheave_ebpf_object::digest();
         let held = self.config()?;
         if held.object_digest == digest && self.all_attached(&target)? {
             return Ok(Attached::Yes);
+        }
+        if let Err(error) = node::reserve_ports(self.settings.node_port_range) {
+            tracing::warn!(%error, "sockets that ask for no port may be given a NodePort");
         }
         let (dir, devices) = (self.dir.clone(), self.devices()?);
         let (uplinks, with_xdp) = (self.settings.uplinks.clone(), self.settings.xdp);

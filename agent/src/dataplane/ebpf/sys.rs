@@ -393,6 +393,17 @@ pub(super) fn monotonic_s() -> u32 {
     u32::try_from(monotonic_ns() / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
+/// A descriptor of ours for what `fd` is in the process `pid` (pidfd_getfd(2), Linux 5.6).
+pub(super) fn descriptor_of(pid: u32, fd: u32) -> io::Result<OwnedFd> {
+    let call = |number, arguments: [libc::c_long; 3]| {
+        // SAFETY: both calls take numbers only, and make a descriptor or fail.
+        let result = unsafe { libc::syscall(number, arguments[0], arguments[1], arguments[2]) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(owned(result)) }
+    };
+    let process = call(libc::SYS_pidfd_open, [libc::c_long::from(pid), 0, 0])?;
+    call(libc::SYS_pidfd_getfd, [libc::c_long::from(process.as_raw_fd()), libc::c_long::from(fd), 0])
+}
+
 /// CPUs that the kernel could ever have, which is how many values a per-CPU element has.
 pub(super) fn possible_cpus() -> io::Result<usize> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;

@@ -7,6 +7,7 @@
 mod address_device;
 pub(crate) mod conntrack;
 mod convert;
+mod diag;
 mod filter;
 mod generic;
 pub(crate) mod nfnl;
@@ -14,6 +15,7 @@ pub(crate) mod nft;
 pub(crate) mod nft_expr;
 
 pub(crate) use address_device::AddressDevice;
+pub(crate) use diag::{ConnectedUdp, Diag, InetFamily};
 pub(crate) use filter::has_clsact_filter;
 pub(crate) use generic::{Attributes, Generic, attributes};
 
