@@ -310,13 +310,15 @@ fn service_udp_sockets_of_other_namespaces_are_ended_too() {
         let mut command = elsewhere.command(std::env::current_exe().expect("this program"));
         command.args(std::env::args().skip(1)).env(CLIENT, "1").stdout(std::process::Stdio::piped());
         let mut client = command.spawn().expect("start the client");
-        let lines = BufReader::new(client.stdout.take().expect("its output")).lines();
-        let connected = lines.map_while(Result::ok).any(|line| line.contains("connected"));
+        let mut lines =
+            BufReader::new(client.stdout.take().expect("its output")).lines().map_while(Result::ok);
+        let connected = lines.any(|line| line.contains("connected"));
         assert!(connected, "{:?}", client.wait());
         put_udp(&mut hand, 1, &[to], &[]);
         let gone = BackendAddr { addr: address(PODS[0]), port: 8080, proto: Proto::Udp };
         let lost = Changes { lost: [(1, gone)].into(), ..Changes::default() };
         hand.plane.apply(&lost).expect("apply");
+        lines.for_each(drop);
         assert!(client.wait().expect("the client's end").success());
     });
 }
