@@ -193,7 +193,9 @@ pub fn is_taken<T: Table>(table: &T, at: &Destination) -> bool {
     };
     // A socket at `::` hears IPv4 too.
     let any4 = Destination { addr: Address::v4(0), ..*at };
-    if !is_node_port(at) && !(unspecified && at.addr.as_v4().is_none() && is_node_port(&any4)) {
+    let hears_v4 = unspecified && at.addr.as_v4().is_none();
+    let taken = is_node_port(at) || hears_v4 && is_node_port(&any4);
+    if !taken {
         return false;
     }
     unspecified
