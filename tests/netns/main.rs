@@ -30,6 +30,7 @@ mod service_nft;
 mod service_nft_bed;
 mod service_nodeport;
 mod service_ops;
+mod service_packet;
 mod service_scenarios;
 mod service_socket;
 mod service_table;

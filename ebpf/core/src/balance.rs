@@ -121,8 +121,9 @@ const PORTS: u32 = 24;
 const PORTS_FIRST: u32 = 14;
 
 #[inline(always)]
-fn drop<E: Table>(env: &E, counter: Counter) -> Stage {
+fn drop<E: Table + Node>(env: &E, work: &Work, counter: Counter) -> Stage {
     env.count(counter);
+    env.tell(work, counter);
     DROP
 }
 
@@ -219,7 +220,8 @@ pub fn egress<P: Packet, E: Table + Flows>(packet: &mut P, env: &E, work: &mut W
 #[inline(always)]
 fn finish<P: Packet, E: Table>(packet: &mut P, env: &E, work: &Work) -> Stage {
     if !packet::rewrite(packet, &work.headers, &flow::translated(&work.flow)) {
-        return drop(env, Counter::RewriteFailed);
+        env.count(Counter::RewriteFailed);
+        return DROP;
     }
     let reply = work.flow.flags & flow_flag::REPLY != 0;
     env.count(if reply { Counter::Replied } else { Counter::Forwarded });
@@ -247,9 +249,10 @@ fn travel<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) 
         Way::To(route) => work.route = route,
         Way::TooBig(mtu) => {
             env.count(Counter::TooBig);
+            env.tell(work, Counter::TooBig);
             return Stage::Answer(Answer::TooBig(mtu));
         }
-        Way::None => return drop(env, Counter::NoRoute),
+        Way::None => return drop(env, work, Counter::NoRoute),
         Way::Later => return PASS,
     }
     match finish(packet, env, work) {
@@ -336,14 +339,15 @@ pub fn open<P: Packet, E: Table + Flows + Node>(packet: &P, env: &E, work: &mut 
         && matches!(link, Link::Uplink)
         && !env.in_source_range(work.frontend.service, &work.headers.src)
     {
-        return drop(env, Counter::SourceRefused);
+        return drop(env, work, Counter::SourceRefused);
     }
     let scope = scope(&work.frontend, link);
     if select::range(&work.frontend, scope).is_none() {
         if work.frontend.slot_count() != 0 {
-            return drop(env, Counter::NoLocalEndpoints);
+            return drop(env, work, Counter::NoLocalEndpoints);
         }
         env.count(Counter::Rejected);
+        env.tell(work, Counter::Rejected);
         return Stage::Answer(Answer::Refused);
     }
     work.now_s = env.now_s();
@@ -357,18 +361,36 @@ pub fn open<P: Packet, E: Table + Flows + Node>(packet: &P, env: &E, work: &mut 
         Err(counter) => Err(counter),
     };
     if let Err(counter) = placed {
-        return drop(env, counter);
+        return drop(env, work, counter);
     }
     if !env.replace(&work.key, &work.flow) {
-        return drop(env, Counter::FlowFull);
+        return drop(env, work, Counter::FlowFull);
     }
     env.count(Counter::Opened);
+    env.tell(work, Counter::Opened);
     Stage::Again
 }
 
-/// The slot for a packet under the policy.
+/// The slot for a packet: by the service's Maglev table at the first attempt, if it has one, else by chance, which is
+/// the same for every packet of a connection.
 #[inline(always)]
-fn pick(frontend: &Frontend, scope: Scope, entropy: u32) -> Option<u32> {
+fn pick<E: Table>(env: &E, work: &Work, scope: Scope, attempt: u32, entropy: u32) -> Option<u32> {
+    let (headers, frontend) = (&work.headers, &work.frontend);
+    if frontend.maglev != 0 && attempt == 0 && matches!(scope, Scope::Cluster) {
+        let seed = env.config().map_or(0, |config| config.maglev_seed);
+        let hash = select::client_hash(
+            &headers.src,
+            headers.sport,
+            &headers.dst,
+            headers.dport,
+            headers.proto,
+            seed,
+            frontend.affinity_timeout_s != 0,
+        );
+        if let Some(index) = select::maglev_pick(env, frontend, hash) {
+            return Some(index);
+        }
+    }
     Some(select::pick(select::range(frontend, scope)?, entropy))
 }
 
@@ -385,8 +407,8 @@ fn place<E: Table + Flows + Node>(
     let mut attempt = 0;
     let mut why = Counter::StaleSlot;
     while attempt < PICKS {
+        let picked = pick(env, work, scope, attempt, entropy);
         attempt += 1;
-        let picked = pick(&work.frontend, scope, entropy);
         entropy = select::mix(u64::from(entropy) + 1);
         let Some(index) = picked else { continue };
         let Some(backend) = resolve::backend_at(env, work.frontend.service, index) else { continue };

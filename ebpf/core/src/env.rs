@@ -1,6 +1,7 @@
 //! The borders of the logic. Invariant: every method is one map operation, one helper or one packet access, and
 //! decides nothing.
 
+use crate::balance::Work;
 use sheave_ebpf_abi::{
     Address, Affinity, AffinityKey, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend,
     Frontend4Key, Frontend6Key, MemberKey, ReverseEntry, ReverseKey, ReverseValue, Slot, node_addr_flag,
@@ -140,8 +141,9 @@ pub trait Node {
     fn has_socket(&self, key: &FlowKey) -> bool;
     /// Asks the routing table.
     fn route(&self, journey: &Journey) -> Way;
-    /// 32 random bits.
-    fn random(&self) -> u32;
+    /// Tells a listener what became of the packet in `work`: a refusal, or a connection ([`Counter::Opened`]) with what
+    /// its flow says of the backend.
+    fn tell(&self, work: &Work, reason: Counter);
 }
 
 /// A packet whose bytes are read and written at offsets from its first byte.

@@ -27,6 +27,7 @@ struct Kernel {
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     sockets: Vec<FlowKey>,
     config_flags: Cell<u32>,
+    told: RefCell<Vec<(Counter, Address)>>,
     ranges: Vec<(u32, Address, u32)>,
     stored: RefCell<Option<ReverseEntry>>,
     lru: RefCell<HashMap<ReverseKey, ReverseValue>>,

@@ -1,6 +1,7 @@
 //! A packet of traffic control and its node. Invariant: packet bytes are read and written through helpers only, which
 //! works for non-linear buffers and keeps the device's checksum offload right.
 
+use crate::event::tell;
 use crate::maps::{self, FLOWS, FRAGMENTS, Maps, RANGES};
 use aya_ebpf::{
     EbpfContext,
@@ -10,7 +11,7 @@ use aya_ebpf::{
     },
     btf_maps::lpm_trie::Key,
     helpers::generated::{
-        bpf_fib_lookup, bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
+        bpf_fib_lookup, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
         bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
         bpf_skb_store_bytes, bpf_skc_lookup_tcp,
     },
@@ -19,9 +20,10 @@ use aya_ebpf::{
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, read_volatile};
 use sheave_ebpf_abi::{
-    Address, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend, Frontend4Key,
-    Frontend6Key, PROTO_TCP, Slot,
+    Address, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey, Frontend, Frontend4Key,
+    Frontend6Key, PROTO_TCP, Plain as _, Slot, event_hook, event_kind,
 };
+use sheave_ebpf_core::balance::Work;
 use sheave_ebpf_core::env::{Claim, Flows, Journey, Node, Packet, Route, Table, Way};
 
 /// EEXIST (asm-generic/errno-base.h).
@@ -268,10 +270,36 @@ impl<C: Hook> Node for Env<'_, C> {
     }
 
     #[inline(always)]
-    fn random(&self) -> u32 {
-        // SAFETY: the helper takes nothing and cannot fail.
-        unsafe { bpf_get_prandom_u32() }
+    fn tell(&self, work: &Work, reason: Counter) {
+        // SAFETY: as in `route`.
+        let device = unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).ifindex)) };
+        tell_packet(work, reason, device);
     }
+}
+
+/// In a frame of its own: an event is much for a stack. Only packets on their way in open connections or are refused.
+#[inline(never)]
+fn tell_packet(work: &Work, reason: Counter, device: u32) {
+    tell(|| {
+        let connection = reason == Counter::Opened;
+        let of_flow = connection || reason == Counter::TooBig || reason == Counter::NoRoute;
+        let headers = &work.headers;
+        Event {
+            client: headers.src,
+            asked: headers.dst,
+            backend: if connection { work.flow.dst } else { Address::zeroed() },
+            backend_port: if connection { work.flow.dport } else { 0 },
+            service: if of_flow { work.flow.service } else { work.frontend.service },
+            device,
+            client_port: headers.sport,
+            asked_port: headers.dport,
+            reason: reason as u16,
+            proto: headers.proto,
+            kind: if connection { event_kind::CONNECTION } else { event_kind::DROP },
+            hook: event_hook::TC_INGRESS,
+            ..Event::zeroed()
+        }
+    });
 }
 
 /// A packet at a traffic control hook.

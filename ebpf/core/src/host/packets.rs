@@ -65,8 +65,8 @@ impl Node for Kernel {
         }
         Way::To(Route { device: 7, next_hop: journey.dst, link: [0; 12], has_link: false })
     }
-    fn random(&self) -> u32 {
-        4
+    fn tell(&self, work: &Work, reason: Counter) {
+        self.told.borrow_mut().push((reason, work.flow.dst));
     }
 }
 
@@ -190,6 +190,14 @@ fn golden_conversations() {
     ] {
         assert_eq!(kernel.counted(counter), times, "{counter:?}");
     }
+    // Who listens is told of each refusal and of each connection, with its backend.
+    let told = kernel.told.borrow();
+    for counter in [Counter::NoLocalEndpoints, Counter::Rejected, Counter::SourceRefused, Counter::Opened] {
+        let times = told.iter().filter(|(reason, _)| *reason == counter).count() as u64;
+        assert_eq!(times, kernel.counted(counter), "{counter:?}");
+    }
+    let ends: Vec<Address> = PLACES.iter().flat_map(|p| [address(p.pod), address(p.remote)]).collect();
+    assert!(told.iter().filter(|(reason, _)| *reason == Counter::Opened).all(|(_, to)| ends.contains(to)));
 }
 
 #[test]
