@@ -3,6 +3,7 @@
 
 mod encode;
 mod events;
+mod flows;
 mod grow;
 mod link;
 mod list;
@@ -30,8 +31,8 @@ use aya::Ebpf;
 use link::{CALLS, CGROUP_HOOKS, DeviceHook, LINKS, POD_HOOKS, Target, UPLINK_HOOKS};
 use map::Map;
 use sheave_ebpf_abi::{
-    ABI_VERSION, Address, Backend, Config, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable,
-    MemberKey, RangeKey, Slot, config_flag, map as names,
+    ABI_VERSION, Address, Backend, Config, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS,
+    MaglevTable, MemberKey, RangeKey, Slot, config_flag, map as names,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -62,6 +63,7 @@ struct Maps {
     members: Map<MemberKey, u32>,
     ranges: Map<RangeKey, u32>,
     maglev: Map<u32, MaglevTable>,
+    flows: Map<FlowKey, Flow>,
 }
 
 impl Maps {
@@ -76,6 +78,7 @@ impl Maps {
             members: Map::open(dir, names::MEMBERS)?,
             ranges: Map::open(dir, names::RANGES)?,
             maglev: Map::open(dir, names::MAGLEV)?,
+            flows: Map::open(dir, names::FLOWS)?,
         })
     }
 
@@ -382,6 +385,7 @@ impl Dataplane for EbpfDataplane {
             self.note_host_ports(host_ports.clone())?;
         }
         self.maps.apply(changes)?;
+        flows::forget(&self.maps.flows, &changes.lost)?;
         self.sockets.end(&changes.lost);
         let is_gone = |key: &FrontendKey| {
             changes.delete_frontends.contains(key)
