@@ -158,6 +158,18 @@ pub trait Packet {
     fn segment_len(&self) -> u32;
     /// `N` bytes at `offset`; `None` past the end.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+    /// The same into a place that the caller has, which saves a short stack from copies; false past the end, where the
+    /// place may have been overwritten.
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: u32, into: &mut [u8; N]) -> bool {
+        match self.load::<N>(offset) {
+            Some(bytes) => {
+                *into = bytes;
+                true
+            }
+            None => false,
+        }
+    }
     /// Writes bytes. `sums` tells that no other write of this rewrite makes up for the change in the packet's sum.
     fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], sums: bool) -> bool;
     /// Corrects the IPv4 header checksum at `offset` by `diff` (see [`crate::checksum`]).

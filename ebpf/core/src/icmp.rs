@@ -51,26 +51,11 @@ fn quoted<P: Packet>(packet: &P, work: &mut Work) -> Option<()> {
     let (headers, quote) = (&work.headers, &mut work.quote);
     let ip = headers.l4 + ICMP_LEN;
     quote.end = ETHER_LEN + answer::ip_len(packet, headers.v6)?;
+    quote.ip = ip;
     if headers.v6 {
-        let head = packet.load::<40>(ip)?;
-        let chain = chain(packet, head[6], ip + IPV6_LEN)?;
-        if head[0] >> 4 != 6 || chain.later {
-            return None;
-        }
-        quote.tuple.src = address6(&head, 8);
-        quote.tuple.dst = address6(&head, 24);
-        quote.proto = chain.next;
-        quote.l4 = chain.at;
+        quoted6(packet, quote)?;
     } else {
-        let head = packet.load::<20>(ip)?;
-        let len = u32::from(head[0] & 0x0f) * 4;
-        if head[0] >> 4 != 4 || len < IPV4_LEN || head[6] & 0x1f != 0 || head[7] != 0 {
-            return None;
-        }
-        quote.tuple.src = Address::v4(word(&head, 12));
-        quote.tuple.dst = Address::v4(word(&head, 16));
-        quote.proto = head[9];
-        quote.l4 = ip + len;
+        quoted4(packet, quote)?;
     }
     if quote.proto != PROTO_TCP && quote.proto != PROTO_UDP {
         return None;
@@ -81,7 +66,40 @@ fn quoted<P: Packet>(packet: &P, work: &mut Work) -> Option<()> {
     let [s0, s1, d0, d1] = packet.load::<4>(quote.l4)?;
     quote.tuple.sport = u16::from_ne_bytes([s0, s1]);
     quote.tuple.dport = u16::from_ne_bytes([d0, d1]);
-    quote.ip = ip;
+    Some(())
+}
+
+#[inline(always)]
+fn quoted4<P: Packet>(packet: &P, quote: &mut Quote) -> Option<()> {
+    let mut head = [0; 20];
+    if !packet.read(quote.ip, &mut head) {
+        return None;
+    }
+    let len = u32::from(head[0] & 0x0f) * 4;
+    if head[0] >> 4 != 4 || len < IPV4_LEN || head[6] & 0x1f != 0 || head[7] != 0 {
+        return None;
+    }
+    quote.tuple.src = Address::v4(word(&head, 12));
+    quote.tuple.dst = Address::v4(word(&head, 16));
+    quote.proto = head[9];
+    quote.l4 = quote.ip + len;
+    Some(())
+}
+
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn quoted6<P: Packet>(packet: &P, quote: &mut Quote) -> Option<()> {
+    let mut head = [0; 40];
+    if !packet.read(quote.ip, &mut head) {
+        return None;
+    }
+    let chain = chain(packet, head[6], quote.ip + IPV6_LEN)?;
+    if head[0] >> 4 != 6 || chain.later {
+        return None;
+    }
+    quote.tuple.src = address6(&head, 8);
+    quote.tuple.dst = address6(&head, 24);
+    quote.proto = chain.next;
+    quote.l4 = chain.at;
     Some(())
 }
 

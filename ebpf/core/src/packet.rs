@@ -170,7 +170,10 @@ const fn is_transport(proto: u8) -> bool {
 
 #[inline(always)]
 fn parse_v4<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
-    let Some(ip) = packet.load::<20>(ETHER_LEN) else { return Kind::Bad };
+    let mut ip = [0; 20];
+    if !packet.read(ETHER_LEN, &mut ip) {
+        return Kind::Bad;
+    }
     let len = u32::from(ip[0] & 0x0f) * 4;
     if ip[0] >> 4 != 4 || len < IPV4_LEN {
         return Kind::Bad;
@@ -179,15 +182,13 @@ fn parse_v4<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
     if !is_transport(proto) && proto != PROTO_ICMP {
         return Kind::Other;
     }
-    *headers = Headers {
-        src: Address::v4(word(&ip, 12)),
-        dst: Address::v4(word(&ip, 16)),
-        proto,
-        hops: ip[8],
-        l4: ETHER_LEN + len,
-        id: u32::from(u16::from_ne_bytes([ip[4], ip[5]])),
-        ..NOTHING
-    };
+    headers.src = Address::v4(word(&ip, 12));
+    headers.dst = Address::v4(word(&ip, 16));
+    headers.proto = proto;
+    headers.hops = ip[8];
+    headers.v6 = false;
+    headers.l4 = ETHER_LEN + len;
+    headers.id = u32::from(u16::from_ne_bytes([ip[4], ip[5]]));
     // A fragment offset, or the bit that more fragments follow.
     let later = ip[6] & 0x1f != 0 || ip[7] != 0;
     behind(packet, headers, later, ip[6] & 0x20 != 0)
@@ -222,9 +223,12 @@ pub struct Chain {
 #[inline(always)]
 pub fn chain<P: Packet>(packet: &P, next: u8, at: u32) -> Option<Chain> {
     let mut chain = Chain { next, at, id: 0, later: false, more: false };
+    let mut head = [0; 8];
     let mut seen = 0;
     while seen < EXTENSIONS_MAX && !chain.later && is_extension(chain.next) {
-        let head = packet.load::<8>(chain.at)?;
+        if !packet.read(chain.at, &mut head) {
+            return None;
+        }
         if chain.next == FRAGMENT {
             chain.at += 8;
             chain.later = head[2] != 0 || head[3] & 0xf8 != 0;
@@ -241,23 +245,23 @@ pub fn chain<P: Packet>(packet: &P, next: u8, at: u32) -> Option<Chain> {
 
 #[inline(always)]
 fn parse_v6<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
-    let Some(ip) = packet.load::<40>(ETHER_LEN) else { return Kind::Bad };
+    let mut ip = [0; 40];
+    if !packet.read(ETHER_LEN, &mut ip) {
+        return Kind::Bad;
+    }
     if ip[0] >> 4 != 6 {
         return Kind::Bad;
     }
     let Some(Chain { next, at, id, later, more }) = chain(packet, ip[6], ETHER_LEN + IPV6_LEN) else {
         return Kind::Bad;
     };
-    *headers = Headers {
-        src: address6(&ip, 8),
-        dst: address6(&ip, 24),
-        proto: if later { 0 } else { next },
-        hops: ip[7],
-        v6: true,
-        l4: at,
-        id,
-        ..NOTHING
-    };
+    headers.src = address6(&ip, 8);
+    headers.dst = address6(&ip, 24);
+    headers.proto = if later { 0 } else { next };
+    headers.hops = ip[7];
+    headers.v6 = true;
+    headers.l4 = at;
+    headers.id = id;
     if !later && !is_transport(next) && next != PROTO_ICMPV6 {
         return if is_extension(next) { Kind::Bad } else { Kind::Other };
     }
@@ -270,6 +274,10 @@ fn behind<P: Packet>(packet: &P, headers: &mut Headers, later: bool, more: bool)
     if packet.size() < headers.l4 {
         return Kind::Bad;
     }
+    headers.sport = 0;
+    headers.dport = 0;
+    headers.tcp_flags = 0;
+    headers.whole = true;
     if later {
         headers.whole = false;
         return if headers.proto == PROTO_ICMP { Kind::Other } else { Kind::LaterFragment };

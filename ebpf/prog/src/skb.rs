@@ -11,9 +11,9 @@ use aya_ebpf::{
     },
     btf_maps::lpm_trie::Key,
     helpers::generated::{
-        bpf_fib_lookup, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace,
-        bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
-        bpf_skb_store_bytes, bpf_skc_lookup_tcp,
+        bpf_fib_lookup, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_sk_lookup_udp,
+        bpf_sk_release, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
+        bpf_skc_lookup_tcp,
     },
     programs::TcContext,
 };
@@ -271,15 +271,14 @@ impl<C: Hook> Node for Env<'_, C> {
 
     #[inline(always)]
     fn tell(&self, work: &Work, reason: Counter) {
-        // SAFETY: as in `route`.
-        let device = unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).ifindex)) };
-        tell_packet(work, reason, device);
+        let hook = if C::EARLY { event_hook::XDP } else { event_hook::TC_INGRESS };
+        tell_packet(work, reason, self.ctx.device(), hook);
     }
 }
 
 /// In a frame of its own: an event is much for a stack. Only packets on their way in open connections or are refused.
 #[inline(never)]
-fn tell_packet(work: &Work, reason: Counter, device: u32) {
+fn tell_packet(work: &Work, reason: Counter, device: u32, hook: u8) {
     tell(|| {
         let connection = reason == Counter::Opened;
         let of_flow = connection || reason == Counter::TooBig || reason == Counter::NoRoute;
@@ -296,7 +295,7 @@ fn tell_packet(work: &Work, reason: Counter, device: u32) {
             reason: reason as u16,
             proto: headers.proto,
             kind: if connection { event_kind::CONNECTION } else { event_kind::DROP },
-            hook: event_hook::TC_INGRESS,
+            hook,
             ..Event::zeroed()
         }
     });
@@ -342,6 +341,12 @@ impl Packet for Skb<'_> {
                 _ => None,
             }
         }
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: u32, into: &mut [u8; N]) -> bool {
+        // SAFETY: `into` has room for N bytes.
+        unsafe { bpf_skb_load_bytes(self.ctx.as_ptr(), offset, into.as_mut_ptr().cast(), N as u32) == 0 }
     }
 
     #[inline(always)]

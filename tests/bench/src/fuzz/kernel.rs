@@ -6,6 +6,7 @@ use sheave_ebpf_abi::{
     Address, Affinity, AffinityKey, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend,
     Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MemberKey, Plain as _, Slot, flow_flag, node_addr_flag,
 };
+use sheave_ebpf_core::balance::Work;
 use sheave_ebpf_core::env::{Affinities, Claim, Flows, Journey, Node, Packet, Route, Table, Way};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -185,9 +186,7 @@ impl Node for Kernel {
             }),
         }
     }
-    fn random(&self) -> u32 {
-        self.dice.borrow_mut().as_mut().map_or(4, |dice| dice.next() as u32)
-    }
+    fn tell(&self, _: &Work, _: Counter) {}
 }
 
 /// A frame in a buffer.
