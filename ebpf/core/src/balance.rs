@@ -6,16 +6,17 @@
 //! may take a service's address for a source. Answers to this node, of masqueraded connections, at ingress; they are
 //! redirected, as are masqueraded packets on their way, past a stack that would drop packets from its own address.
 
+use crate::affinity;
 use crate::answer::{self, Answer};
-use crate::env::{Claim, Flows, Journey, Node, Packet, Route, Table, Way};
+use crate::env::{Affinities, Claim, Flows, Journey, Node, Packet, Route, Table, Way};
 use crate::flow;
 use crate::icmp::{self, Quote};
 use crate::packet::{self, ETHER_LEN, Headers, Kind};
 use crate::resolve::{self, Destination};
 use crate::select::{self, Scope};
 use sheave_ebpf_abi::{
-    Address, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend, PROTO_TCP, Plain as _,
-    config_flag, flow_flag, frontend_flag, node_addr_flag,
+    Address, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend, MemberKey, PROTO_TCP,
+    Plain as _, config_flag, flow_flag, frontend_flag, member_flag, node_addr_flag,
 };
 
 /// What is to become of the packet.
@@ -329,7 +330,12 @@ fn scope(frontend: &Frontend, link: Link) -> Scope {
 
 /// A packet for a service that belongs to no flow: finds a backend and writes the flow's entries.
 #[inline(always)]
-pub fn open<P: Packet, E: Table + Flows + Node>(packet: &P, env: &E, work: &mut Work, link: Link) -> Stage {
+pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
+    packet: &P,
+    env: &E,
+    work: &mut Work,
+    link: Link,
+) -> Stage {
     // A reset opens nothing.
     if classify(packet, env, work) != Kind::Transport || work.headers.is_reset() || !frontend(env, work, link)
     {
@@ -394,10 +400,38 @@ fn pick<E: Table>(env: &E, work: &Work, scope: Scope, attempt: u32, entropy: u32
     Some(select::pick(select::range(frontend, scope)?, entropy))
 }
 
+/// The backend for a packet, and whether it is on this node: the one that its client is bound to, at the first attempt,
+/// where the service has session affinity. `None` when what was read does not fit together.
+#[inline(always)]
+fn choose<E: Table + Affinities>(
+    env: &E,
+    work: &Work,
+    scope: Scope,
+    attempt: u32,
+    entropy: u32,
+) -> Option<(Backend, bool)> {
+    let frontend = &work.frontend;
+    let mut local = None;
+    let mut by_chance = || {
+        let index = pick(env, work, scope, attempt, entropy)?;
+        local = Some(select::is_local(frontend, index));
+        resolve::backend_at(env, frontend.service, index)
+    };
+    if frontend.affinity_timeout_s == 0 || attempt != 0 {
+        let backend = by_chance()?;
+        return Some((backend, local?));
+    }
+    let key = affinity::address_key(work.headers.src, frontend.service, scope);
+    let backend = affinity::choose(env, &key, frontend, scope, work.now_s, by_chance)?;
+    // Two connections of a client at once may have picked apart, and the first one is what holds.
+    let member = MemberKey { service: frontend.service, backend: backend.id };
+    Some((backend, env.member(&member).is_some_and(|flags| flags & member_flag::LOCAL != 0)))
+}
+
 /// Finds a backend and, when the client's own address is kept, takes the tuple of its answers. Tells whether the
 /// client must be masqueraded, who is not yet then.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn place<E: Table + Flows + Node>(
+fn place<E: Table + Affinities + Flows + Node>(
     env: &E,
     work: &mut Work,
     scope: Scope,
@@ -407,11 +441,10 @@ fn place<E: Table + Flows + Node>(
     let mut attempt = 0;
     let mut why = Counter::StaleSlot;
     while attempt < PICKS {
-        let picked = pick(env, work, scope, attempt, entropy);
+        let chosen = choose(env, work, scope, attempt, entropy);
         attempt += 1;
         entropy = select::mix(u64::from(entropy) + 1);
-        let Some(index) = picked else { continue };
-        let Some(backend) = resolve::backend_at(env, work.frontend.service, index) else { continue };
+        let Some((backend, local)) = chosen else { continue };
         let headers = &work.headers;
         work.flow = Flow {
             src: headers.src,
@@ -426,7 +459,7 @@ fn place<E: Table + Flows + Node>(
         };
         // The stack would not deliver a packet from this node's address to this node.
         let here = env.is_node_address(&work.flow.dst);
-        if !here && must_masquerade(env, work, select::is_local(&work.frontend, index), link) {
+        if !here && must_masquerade(env, work, local, link) {
             return Ok(true);
         }
         match flow::take(env, work) {
@@ -514,7 +547,7 @@ fn tuple_hash(headers: &Headers) -> u32 {
 
 /// Takes a packet the whole way, where one program may be long.
 #[inline(always)]
-pub fn run<P: Packet, E: Table + Flows + Node>(
+pub fn run<P: Packet, E: Table + Affinities + Flows + Node>(
     packet: &mut P,
     env: &E,
     work: &mut Work,

@@ -27,6 +27,8 @@ struct Kernel {
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     sockets: Vec<FlowKey>,
     config_flags: Cell<u32>,
+    bindings: RefCell<HashMap<AffinityKey, Affinity>>,
+    members: HashMap<MemberKey, u32>,
     told: RefCell<Vec<(Counter, Address)>>,
     ranges: Vec<(u32, Address, u32)>,
     stored: RefCell<Option<ReverseEntry>>,
@@ -112,14 +114,18 @@ impl Caller for Asking {
 }
 
 impl Affinities for Kernel {
-    fn affinity(&self, _: &AffinityKey) -> Option<Affinity> {
-        None
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.bindings.borrow().get(key).copied()
     }
-    fn bind(&self, _: &AffinityKey, _: &Affinity, _: bool) -> bool {
-        false
+    fn bind(&self, key: &AffinityKey, value: &Affinity, fresh: bool) -> bool {
+        if fresh && self.bindings.borrow().contains_key(key) {
+            return false;
+        }
+        self.bindings.borrow_mut().insert(*key, *value);
+        true
     }
-    fn member(&self, _: &MemberKey) -> Option<u32> {
-        None
+    fn member(&self, key: &MemberKey) -> Option<u32> {
+        self.members.get(key).copied()
     }
 }
 

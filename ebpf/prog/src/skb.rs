@@ -20,11 +20,11 @@ use aya_ebpf::{
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, read_volatile};
 use sheave_ebpf_abi::{
-    Address, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey, Frontend, Frontend4Key,
-    Frontend6Key, PROTO_TCP, Plain as _, Slot, event_hook, event_kind,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey,
+    Frontend, Frontend4Key, Frontend6Key, MemberKey, PROTO_TCP, Plain as _, Slot, event_hook, event_kind,
 };
 use sheave_ebpf_core::balance::Work;
-use sheave_ebpf_core::env::{Claim, Flows, Journey, Node, Packet, Route, Table, Way};
+use sheave_ebpf_core::env::{Affinities, Claim, Flows, Journey, Node, Packet, Route, Table, Way};
 
 /// EEXIST (asm-generic/errno-base.h).
 const EEXIST: i32 = 17;
@@ -95,6 +95,21 @@ impl<C: Hook> Table for Env<'_, C> {
         if !(C::EARLY && matches!(counter, Counter::TooBig | Counter::Expired)) {
             Maps.count(counter);
         }
+    }
+}
+
+impl<C: Hook> Affinities for Env<'_, C> {
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        Maps.affinity(key)
+    }
+    #[inline(always)]
+    fn bind(&self, key: &AffinityKey, value: &Affinity, fresh: bool) -> bool {
+        Maps.bind(key, value, fresh)
+    }
+    #[inline(always)]
+    fn member(&self, key: &MemberKey) -> Option<u32> {
+        Maps.member(key)
     }
 }
 

@@ -386,3 +386,66 @@ fn a_pod_of_the_node_itself_is_never_masqueraded() {
     assert_eq!(go(30_501), Out::Drop);
     assert_eq!(kernel.counted(Counter::FlowCollision), 1);
 }
+
+/// A service of two endpoints of this node and two of another, as NodePort of UDP.
+fn four(kernel: &mut Kernel, port: u16, change: impl Fn(&mut Frontend)) -> [&'static str; 4] {
+    let ends = ["10.244.0.11", "10.244.0.12", "10.244.9.11", "10.244.9.12"];
+    let all = ends.map(|ip| (ip, ip.starts_with("10.244.0.")));
+    kernel.add(900, &[("0.0.0.0", port)], PROTO_UDP, frontend_flag::NODE_PORT, &all);
+    let key = Frontend4Key { addr: 0, port: port.to_be(), proto: PROTO_UDP, pad: 0 };
+    change(kernel.frontends4.get_mut(&key).unwrap());
+    for backend in kernel.backends.values() {
+        let Some(at) = ends.iter().position(|ip| address(ip) == backend.addr) else { continue };
+        let flags = member_flag::READY | member_flag::CLUSTER | if at < 2 { member_flag::LOCAL } else { 0 };
+        kernel.members.insert(MemberKey { service: 900, backend: backend.id }, flags);
+    }
+    ends
+}
+
+#[test]
+fn a_client_is_bound_to_its_backend_while_it_comes_back() {
+    let mut kernel = golden_kernel();
+    four(&mut kernel, 30_600, |frontend| frontend.affinity_timeout_s = 100);
+    let go = |kernel: &Kernel, client: &str, port| {
+        let out = send(kernel, (client, port), (V4.node, 30_600), L4::Udp);
+        let remote = matches!(out, Out::Redirect(_));
+        let to = tuple(&out).1.0;
+        assert_eq!(remote, [address("10.244.9.11"), address("10.244.9.12")].contains(&to), "{to:?}");
+        to
+    };
+    let mut seen: Vec<Address> = Vec::new();
+    for n in 1..30 {
+        let client = std::format!("198.51.100.{n}");
+        // Ports of no other client: there are few to masquerade with.
+        let first = go(&kernel, &client, n * 100);
+        assert!((1..20).all(|port| go(&kernel, &client, n * 100 + port) == first), "{client}");
+        if !seen.contains(&first) {
+            seen.push(first);
+        }
+    }
+    assert_eq!(seen.len(), 4, "clients are spread");
+    // A backend that is none of the service's any more is left.
+    let client = "198.51.100.1";
+    let first = go(&kernel, client, 30);
+    let id = kernel.backends.values().find(|b| b.addr == first).unwrap().id;
+    kernel.members.remove(&MemberKey { service: 900, backend: id });
+    let bound = |kernel: &Kernel| {
+        let key = crate::affinity::address_key(address(client), 900, crate::select::Scope::Cluster);
+        kernel.bindings.borrow()[&key]
+    };
+    kernel.now_s.set(50);
+    go(&kernel, client, 31);
+    assert_eq!(bound(&kernel).used_s, 50);
+}
+
+#[test]
+fn maglev_picks_for_all_nodes_alike() {
+    let mut kernel = golden_kernel();
+    let ends = four(&mut kernel, 30_600, |frontend| frontend.maglev = 1);
+    // A table that knows one answer: the third endpoint.
+    kernel.maglevs = std::vec![Vec::new(), std::vec![2; MAGLEV_SLOTS]];
+    for port in 1..20 {
+        let out = send(&kernel, (V4.client, port), (V4.node, 30_600), L4::Udp);
+        assert_eq!(tuple(&out).1.0, address(ends[2]));
+    }
+}
