@@ -140,7 +140,6 @@ pub(crate) fn plain(name: &str, ips: &[&str], proto: Proto, node_port: u16) -> S
 }
 
 /// A service with `extras`.
-#[expect(dead_code, reason = "soon")]
 pub(crate) fn with(mut service: Service, extras: ServiceExtras) -> Service {
     service.extras = Some(Box::new(extras));
     service

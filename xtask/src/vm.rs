@@ -67,7 +67,7 @@ struct RunArgs {
 }
 
 /// How long the suite may take in a guest. An emulated processor runs it some ten times slower.
-const SUITE_TIMEOUT_S: u64 = 1200;
+const SUITE_TIMEOUT_S: u64 = 2400;
 
 /// Returns the exit status for this process.
 pub(crate) fn main(args: Args) -> Result<u8> {

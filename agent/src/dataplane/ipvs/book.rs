@@ -3,17 +3,13 @@
 
 use super::super::NodePortAddresses;
 use super::super::mirror::{Mirror, Mirrored};
-use super::model::{Destination, Service, ServiceKey, Settings, flag};
+use super::model::{DATAGRAM_MARKS, Destination, MARK_BITS, MARKS, Service, ServiceKey, Settings, flag};
 use crate::service::{
     BackendAddr, Family, FrontendKey, FrontendKind, FrontendPolicy, IpvsScheduler, Proto, Scheduler,
 };
 use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-
-/// Firewall marks of ours: this and 24 bits that say which frontend.
-const MARKS: u32 = 0x5e00_0000;
-const MARK_BITS: u32 = 0x00ff_ffff;
 
 /// What becomes of a packet to a frontend before IPVS sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -317,10 +313,11 @@ impl Book {
             .iter()
             .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
         let mut low = (hash ^ (hash >> 24)) & MARK_BITS;
-        while self.used_marks.contains(&(MARKS | low)) {
+        let high = if key.proto == Proto::Udp { DATAGRAM_MARKS } else { MARKS };
+        while self.used_marks.contains(&(high | low)) {
             low = (low + 1) & MARK_BITS;
         }
-        let mark = MARKS | low;
+        let mark = high | low;
         self.used_marks.insert(mark);
         self.marks.insert(*key, mark);
         mark

@@ -12,6 +12,13 @@ const OWNER_ADDRESS: u32 = 0x5ea1_0000;
 /// Ours, on an address that the node has anyway, or on none (a firewall mark).
 const OWNER_NODE: u32 = 0x5ea2_0000;
 
+/// Firewall marks of ours: one of these, and 24 bits that say which frontend. A mark takes packets of any protocol, so
+/// that it must tell by itself whether datagrams are meant.
+pub(super) const MARKS: u32 = 0x5e00_0000;
+pub(super) const DATAGRAM_MARKS: u32 = 0x5c00_0000;
+/// The bits that say which frontend.
+pub(super) const MARK_BITS: u32 = 0x00ff_ffff;
+
 /// Flags of services (uapi `linux/ip_vs.h`).
 pub(super) mod flag {
     /// The kernel's own note that a service is in its table; neither asked for nor compared.
@@ -114,10 +121,12 @@ impl Op {
     }
 }
 
-/// Whether connections of this service outlive its destinations' leaving. Datagrams are sent elsewhere at once; marks
-/// stand for any protocol, so they wait.
+/// Whether connections of this service outlive its destinations' leaving. Datagrams are sent elsewhere at once.
 fn drains(key: &ServiceKey) -> bool {
-    !matches!(key, ServiceKey::Addr { proto: Proto::Udp, .. })
+    match key {
+        ServiceKey::Mark { mark, .. } => mark & !MARK_BITS != DATAGRAM_MARKS,
+        ServiceKey::Addr { proto, .. } => *proto != Proto::Udp,
+    }
 }
 
 /// What leads from what the kernel holds to what is wanted, in order. Destinations that are not wanted any more are
@@ -206,6 +215,17 @@ mod tests {
         assert_eq!(tcp, [Op::EditDestination(at(2), 0)], "the third drains already");
         let udp = diff(&key(Proto::Udp), Some(&before), Some(&after));
         assert_eq!(udp, [Op::DeleteDestination(at(2)), Op::DeleteDestination(at(3))]);
+    }
+
+    #[test]
+    fn marks_say_whether_datagrams_are_meant() {
+        let (before, after) = (service("rr", &[(1, 1)]), service("rr", &[]));
+        let by_mark = |mark| {
+            let key = ServiceKey::Mark { family: Family::V4, mark };
+            diff(&key, Some(&before), Some(&after))
+        };
+        assert_eq!(by_mark(MARKS | 7), [Op::EditDestination(at(1), 0)]);
+        assert_eq!(by_mark(DATAGRAM_MARKS | 7), [Op::DeleteDestination(at(1))]);
     }
 
     #[test]
