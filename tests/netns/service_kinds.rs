@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, ErrorKind};
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 
-use sheave_agent::dataplane::ebpf::EbpfDataplane;
+use sheave_agent::dataplane::ebpf::{EbpfDataplane, Listener};
 use sheave_agent::dataplane::{Attached, Dataplane as _};
 use sheave_agent::service::{
     BackendAddr, Changes, FrontendEntry, FrontendKey, FrontendKind, FrontendPolicy, Member, Proto, RunWrite,
@@ -361,5 +361,44 @@ fn service_udp_answers_show_their_sender_when_the_service_is_gone() {
         hand.plane.apply(&changes).expect("apply");
         assert_eq!(ask_udp(&socket, pods()[0]), PODS[0], "the endpoint is itself now");
         assert_eq!(hand.counted("recvmsg_stale"), 1);
+    });
+}
+
+#[test]
+fn service_events_tell_of_sockets_while_somebody_listens() {
+    isolated(module_path!(), "service_events_tell_of_sockets_while_somebody_listens", |cgroup| {
+        serve();
+        let world = World::new(cgroup, &[]);
+        let mut hand = Hand::new(&world);
+        let (web, dns, empty, port) =
+            (at("10.96.0.10", 80), at("10.96.0.11", 80), at("10.96.0.12", 80), at("0.0.0.0", 30_080));
+        hand.put(1, Proto::Tcp, &[(web, FrontendPolicy::default())], &pods()[..1]);
+        hand.put(2, Proto::Udp, &[(dns, FrontendPolicy::default())], &pods()[..1]);
+        hand.put(3, Proto::Tcp, &[(empty, FrontendPolicy::default())], &[]);
+        hand.put(4, Proto::Tcp, &[(port, kind(FrontendKind::NodePort))], &[]);
+        ask(web).expect("before anybody listens");
+        let mut listener = Listener::open(&world.config.pin_dir).expect("listen");
+        ask(web).expect("connect");
+        let socket = udp_client(dns);
+        (0..3).for_each(|_| drop(ask_udp(&socket, dns)));
+        ask(empty).expect_err("nobody serves");
+        TcpListener::bind(port).expect_err("a NodePort");
+        let mut seen = Vec::new();
+        while let Some(event) = listener.take() {
+            seen.push((event.hook, event.reason, event.drop, event.asked, event.backend, event.service));
+        }
+        let pod = Some(pods()[0]);
+        assert_eq!(
+            seen,
+            [
+                ("connect", "connect_translated", false, web, pod, 1),
+                ("sendmsg", "sendmsg_translated", false, dns, pod, 2),
+                ("connect", "connect_no_endpoints", true, empty, None, 0),
+                ("bind", "bind_refused", true, port, None, 0),
+            ]
+        );
+        listener.stop().expect("stop");
+        ask(web).expect("connect");
+        assert!(listener.take().is_none(), "nobody listens any more");
     });
 }

@@ -172,8 +172,8 @@ pub struct EbpfDataplane {
     /// Frontends of every address of the node that are hostPorts.
     host_ports: BTreeSet<FrontendKey>,
     sockets: sockets::Ender,
-    /// What another agent left undone was looked for.
-    looked_at_sockets: bool,
+    /// What another agent left undone was looked for, and ports were reserved.
+    prepared: bool,
 }
 
 impl EbpfDataplane {
@@ -206,7 +206,7 @@ impl EbpfDataplane {
             told_addresses: false,
             host_ports: BTreeSet::new(),
             sockets,
-            looked_at_sockets: false,
+            prepared: false,
         };
         plane.write_config(config, plane.config()?.object_digest)?;
         if let Some((growth, object)) = grow::begin(&plane.dir, &config.sizes)? {
@@ -417,17 +417,17 @@ impl Dataplane for EbpfDataplane {
             counters.set_counters(self.counters()?);
             return Ok(Attached::TableIsNew);
         }
-        if !std::mem::replace(&mut self.looked_at_sockets, true) {
+        if !std::mem::replace(&mut self.prepared, true) {
             self.sockets.end_all();
+            if let Err(error) = node::reserve_ports(self.settings.node_port_range) {
+                tracing::warn!(%error, "sockets that ask for no port may be given a NodePort");
+            }
         }
         let target = Target::cgroup(&self.cgroup)?;
         let digest = sheave_ebpf_object::digest();
         let held = self.config()?;
         if held.object_digest == digest && self.all_attached(&target)? {
             return Ok(Attached::Yes);
-        }
-        if let Err(error) = node::reserve_ports(self.settings.node_port_range) {
-            tracing::warn!(%error, "sockets that ask for no port may be given a NodePort");
         }
         let (dir, devices) = (self.dir.clone(), self.devices()?);
         let (uplinks, with_xdp) = (self.settings.uplinks.clone(), self.settings.xdp);
