@@ -379,7 +379,7 @@ fn service_packet_connections_outlive_changes_of_their_service() {
                 held.push(net.client.run(open));
             }
         }
-        let mut all_talk = |held: &mut Vec<TcpStream>| {
+        let all_talk = |held: &mut [TcpStream]| {
             for stream in held {
                 stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
                 stream.write_all(b"still there?").expect("send");
@@ -400,6 +400,53 @@ fn service_packet_connections_outlive_changes_of_their_service() {
         all_talk(&mut held);
         drop(driver);
         all_talk(&mut held);
+        net.no_trouble();
+    });
+}
+
+#[test]
+fn service_packet_affinity_moved_datagrams_and_pods_that_come_later() {
+    isolated(module_path!(), "service_packet_affinity_moved_datagrams_and_pods_that_come_later", |cgroup| {
+        let net = Net::new(cgroup);
+        let mut driver = net.driver(8080);
+        // A client is bound to one of two endpoints, whatever it connects from.
+        let mut bound = service("bound", &["10.96.3.1", "fd00:96:3::1"], Proto::Tcp, 30_090);
+        if let Event::Service(service) = &mut bound {
+            service.affinity_timeout_s = 100;
+        }
+        let mut both = endpoint("bound", Proto::Tcp, at(POD[0], 8080), true);
+        if let (Event::Slice(slice), Event::Slice(other)) =
+            (&mut both, endpoint("bound", Proto::Tcp, at(REMOTE[0], 8080), false))
+        {
+            slice.endpoints = slice.endpoints.iter().chain(&other.endpoints).cloned().collect();
+        }
+        // Two services have one endpoint; one of them loses it.
+        let mut events = vec![bound, both];
+        for (name, ip, port) in [("left", "10.96.3.2", 30_091), ("kept", "10.96.3.3", 30_092)] {
+            events.push(service(name, &[ip], Proto::Udp, port));
+            events.push(endpoint(name, Proto::Udp, at(REMOTE[0], 8080), false));
+        }
+        driver.handle(events);
+        driver.step().expect("apply");
+        let ask_bound = || net.client.run(|| ask(at(NODE[0], 30_090))).expect("an answer").0;
+        let first = ask_bound();
+        assert!((0..20).all(|_| ask_bound() == first));
+
+        let (left, kept) = (at(NODE[0], 30_091), at(NODE[0], 30_092));
+        let sockets = net.client.run(|| [left, kept].map(udp_client));
+        assert_eq!(ask_udp(&sockets[0], left), REMOTE[0]);
+        assert_eq!(ask_udp(&sockets[1], kept), REMOTE[0]);
+        driver.handle([endpoint("left", Proto::Udp, at(POD[0], 8080), true)]);
+        driver.step().expect("apply");
+        assert_eq!(ask_udp(&sockets[0], left), POD[0], "the socket's next datagram moves on");
+        assert_eq!(ask_udp(&sockets[1], kept), REMOTE[0]);
+
+        let node = NetNs::open("/proc/self/ns/net").expect("our own namespace");
+        let late = ["10.244.0.7", "fd00:244::7"];
+        let newcomer = pod(&node, "pod7", late);
+        driver.tick().expect("repair");
+        let heard = newcomer.run(|| ask(at(CLUSTER[0], 80))).expect("an answer");
+        assert_eq!(heard, (POD[0].to_owned(), late[0].to_owned()));
         net.no_trouble();
     });
 }
