@@ -212,3 +212,22 @@ where
     };
     recorder.publish(&event, &object.object_ref(&())).await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_object_is_told_what_is_its_own() {
+        let slice = |text: &str| Refusal::Unusable { slice: Some("a/slice".into()), text: text.into() };
+        let full = Refusal::Full { what: "slots", capacity: 9 };
+        let told = notes(&[slice("one"), full, slice("two")]);
+        let wanted = [
+            (Some("a/slice".into()), "one; two".to_owned()),
+            (None, "the table of slots is full (9)".to_owned()),
+        ];
+        assert_eq!(told, wanted);
+        let long = notes(&[slice(&"\u{e9}".repeat(2000))]);
+        assert!(long[0].1.len() <= limits::EVENT_NOTE_BYTES_MAX && long[0].1.ends_with(" ..."));
+    }
+}

@@ -34,6 +34,8 @@ pub struct Driver {
     chosen: Option<(DataplaneConfig, Active)>,
     /// Refusals that were told already.
     told: BTreeMap<ObjectKey, Vec<Refusal>>,
+    /// [`Planner::refused_changes`] then: they are not compared while it stays.
+    told_changes: u64,
     /// The kernel may hold a part of a failed round.
     unsure: bool,
     applied_once: bool,
@@ -68,6 +70,7 @@ impl Driver {
             stats,
             chosen: None,
             told: BTreeMap::new(),
+            told_changes: 0,
             unsure: false,
             applied_once: false,
             sampler: Sampler::default(),
@@ -215,10 +218,12 @@ impl Driver {
 
     /// Services whose refusal is new since the last call.
     pub(crate) fn notices(&mut self) -> Vec<Notice> {
-        let now = self.planner.refused();
-        if *now == self.told {
+        let changes = self.planner.refused_changes();
+        if changes == self.told_changes {
             return Vec::new();
         }
+        self.told_changes = changes;
+        let now = self.planner.refused();
         let new = now.iter().filter(|(key, reasons)| self.told.get(*key) != Some(reasons));
         let notices =
             new.map(|(key, reasons)| Notice { service: key.clone(), reasons: reasons.clone() }).collect();

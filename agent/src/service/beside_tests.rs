@@ -68,6 +68,11 @@ impl World {
         (changes, result)
     }
 
+    /// Sets one service that is let in whole.
+    fn put(&mut self, service: &str, ports: &[&Port]) {
+        assert_eq!(self.set(service, ports).1, Ok(vec![]));
+    }
+
     fn maglev(&self, n: u8) -> MaglevId {
         self.kernel.frontends[&frontend(n, Proto::Tcp)].maglev
     }
@@ -77,7 +82,7 @@ impl World {
 fn members_follow_affinity_and_readiness() {
     let mut world = World::new(Abilities::ALL);
     let mut port = Port::new(1, Proto::Tcp, &[1, 2]);
-    world.set("a", &[&port]);
+    world.put("a", &[&port]);
     assert!(world.kernel.members.is_empty());
     port.policy.affinity_timeout_s = 60;
     let (changes, _) = world.set("a", &[&port]);
@@ -89,7 +94,7 @@ fn members_follow_affinity_and_readiness() {
     port.terminating.clear();
     assert_eq!(world.set("a", &[&port]).0.delete_members.len(), 1);
     port.policy.affinity_timeout_s = 0;
-    world.set("a", &[&port]);
+    world.put("a", &[&port]);
     assert!(world.kernel.members.is_empty());
     assert_eq!(world.table.usage().members, 0);
 }
@@ -105,11 +110,11 @@ fn ranges_are_those_of_the_service_while_its_frontend_asks_for_them() {
     let (changes, _) = world.set("a", &[&port]);
     assert_eq!((changes.put_ranges.len(), changes.delete_ranges.len()), (1, 1));
     port.policy.source_ranges = false;
-    world.set("a", &[&port]);
+    world.put("a", &[&port]);
     assert!(world.kernel.ranges.is_empty());
     port.policy.source_ranges = true;
-    world.set("a", &[&port]);
-    world.set("a", &[]);
+    world.put("a", &[&port]);
+    world.put("a", &[]);
     assert!(world.kernel.ranges.is_empty() && world.table.usage().ranges == 0);
 }
 
@@ -132,10 +137,10 @@ fn udp_clients_lose_what_neither_is_ready_nor_serves() {
         assert_eq!(lost(&world.set("a", &[]).0), [backend(1, proto)], "the service went");
     }
     let mut world = World::new(Abilities::ALL);
-    world.set("a", &[&Port::new(1, Proto::Tcp, &[1])]);
+    world.put("a", &[&Port::new(1, Proto::Tcp, &[1])]);
     assert_eq!(lost(&world.set("a", &[]).0), [], "TCP is left to resets");
     // One who was not there to see it learns it from what the kernel still holds.
-    world.set("a", &[&Port::new(1, Proto::Udp, &[1, 2])]);
+    world.put("a", &[&Port::new(1, Proto::Udp, &[1, 2])]);
     world.table = Table::adopt(CAPACITY, &world.kernel.observe());
     assert_eq!(lost(&world.set("a", &[&Port::new(1, Proto::Udp, &[2])]).0), [backend(1, Proto::Udp)]);
 }
@@ -155,10 +160,10 @@ fn a_maglev_table_is_written_anew_and_then_flipped_to() {
         World { table: Table::adopt(CAPACITY, &world.kernel.observe()), kernel: world.kernel.clone() };
     assert!(again.set("a", &[&port]).0.is_empty(), "also for one who did not write it");
     port.local = vec![1, 2, 4];
-    world.set("a", &[&port]);
+    world.put("a", &[&port]);
     assert_ne!(world.maglev(1), first);
     (port.local, port.terminating) = (vec![], vec![]);
-    world.set("a", &[&port]);
+    world.put("a", &[&port]);
     assert_eq!((world.maglev(1), world.table.usage().maglevs), (0, 0), "nothing to pick from");
 }
 
@@ -190,7 +195,7 @@ fn without_a_maglev_table_a_service_picks_at_random_until_one_is_free() {
     world.kernel.apply_all(&changes);
     world.table.settle();
     assert_eq!(world.set("s2", &[&port(2, &[2, 6])]).1, Ok(vec![]));
-    world.set("s3", &[]);
+    world.put("s3", &[]);
     assert_eq!(world.set("s4", &[&port(4, &[4])]).1, Ok(vec![]));
     assert_ne!(world.maglev(4), 0);
 }
@@ -245,7 +250,7 @@ fn what_the_data_plane_cannot_do_is_left_out_and_told() {
     let keys: Vec<_> = world.kernel.frontends.keys().copied().collect();
     assert_eq!(keys, [frontend(1, Proto::Tcp)]);
     assert_eq!(world.kernel.frontends[&keys[0]].policy.scheduler, Scheduler::Default);
-    world.set("a", &[]);
+    world.put("a", &[]);
     assert!(world.kernel.frontends.is_empty());
 }
 
@@ -287,9 +292,14 @@ fn overlapping_node_ports_cost_the_later_service_its_node_port_only() {
     assert_eq!(kernel.frontends.len(), 3);
     let told = planner.refused()["default/s2"][0].to_string();
     assert_eq!(told, "TCP 0.0.0.0 port 30080 belongs to default/s1");
+    let changes = planner.refused_changes();
+    planner.handle(Event::Service(Service { affinity_timeout_s: 9, ..service(2, 30_080) }));
+    rounds(&mut planner, &mut kernel);
+    assert_eq!(planner.refused_changes(), changes, "it is refused as before");
     planner.handle(Event::ServiceGone("default/s1".into()));
     rounds(&mut planner, &mut kernel);
     assert!(planner.refused().is_empty() && kernel.frontends.len() == 2);
+    assert_ne!(planner.refused_changes(), changes);
 }
 
 #[test]

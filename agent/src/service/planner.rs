@@ -53,6 +53,8 @@ pub struct Planner {
     /// Services that are gone, and then those that may want something else.
     queues: [VecDeque<ObjectKey>; 2],
     refused: BTreeMap<ObjectKey, Vec<Refusal>>,
+    /// How often `refused` has changed.
+    refused_changes: u64,
     /// Those of `refused` that may fit when something else goes.
     blocked: BTreeSet<ObjectKey>,
     /// The last one of `blocked` that was tried again.
@@ -78,6 +80,7 @@ impl Planner {
             table,
             queues: Default::default(),
             refused: BTreeMap::new(),
+            refused_changes: 0,
             blocked: BTreeSet::new(),
             retried: None,
             retry: false,
@@ -305,11 +308,19 @@ impl Planner {
         } else if !self.blocked.is_empty() {
             self.blocked.remove(key);
         }
-        if !refusals.is_empty() {
+        self.note_refused(key, refusals);
+    }
+
+    fn note_refused(&mut self, key: &ObjectKey, refusals: Vec<Refusal>) {
+        let changed = if refusals.is_empty() {
+            !self.refused.is_empty() && self.refused.remove(key).is_some()
+        } else if self.refused.get(key) == Some(&refusals) {
+            false
+        } else {
             self.refused.insert(key.clone(), refusals);
-        } else if !self.refused.is_empty() {
-            self.refused.remove(key);
-        }
+            true
+        };
+        self.refused_changes += u64::from(changed);
     }
 
     fn note_no_local(&mut self, key: &ObjectKey, ports: &[DesiredPort]) {
@@ -340,6 +351,7 @@ impl Planner {
     pub fn restart(&mut self, table: Table) {
         self.table = table;
         self.refused.clear();
+        self.refused_changes += 1;
         self.blocked.clear();
         self.swept = false;
         self.queue_all();
@@ -348,6 +360,11 @@ impl Planner {
     /// Services that are not, or not wholly, in the table, and why.
     pub fn refused(&self) -> &BTreeMap<ObjectKey, Vec<Refusal>> {
         &self.refused
+    }
+
+    /// How often [`Planner::refused`] has changed: while this number stays, so does that.
+    pub fn refused_changes(&self) -> u64 {
+        self.refused_changes
     }
 
     /// What the services' `healthCheckNodePort`s answer with, as of the last [`Planner::flush`].
