@@ -29,6 +29,8 @@ mod service_killed;
 mod service_kinds;
 mod service_nft;
 mod service_nft_bed;
+mod service_nft_leftovers;
+mod service_nft_more;
 mod service_nodeport;
 mod service_ops;
 mod service_packet;

@@ -117,6 +117,11 @@ impl Mirror {
         self.frontends.iter()
     }
 
+    /// All backends, also those that are in no run because hints keep them for others.
+    pub fn backends(&self) -> impl Iterator<Item = &BackendAddr> {
+        self.backends.values()
+    }
+
     /// The source ranges of a service port.
     pub fn ranges(&self, service: ServiceId) -> impl Iterator<Item = &IpNetwork> {
         let lowest = IpNetwork::V4(ipnetwork::Ipv4Network::from(std::net::Ipv4Addr::UNSPECIFIED));

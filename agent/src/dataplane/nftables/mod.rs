@@ -9,6 +9,9 @@
 //!
 //! The table is written by netlink, without the `nft` program, in one transaction a round.
 //!
+//! `nft` 1.0.6 (Debian 12) aborts when it is to list these rules: it can't name a key that is made of what a map gave.
+//! `nft list map inet sheave services4` and its like work.
+//!
 //! What it does not do: NodePorts on loopback addresses; Maglev and direct server return, which are ignored.
 
 mod flows;
@@ -34,7 +37,7 @@ const CAPACITY: Capacity = Capacity {
     backends: 1 << 24,
     members: 1 << 24,
     ranges: 1 << 20,
-    maglevs: u32::MAX,
+    maglevs: 1 << 16,
 };
 
 /// Opens the data plane; what the table holds is replaced by the first round.
@@ -153,12 +156,14 @@ impl Nftables {
 
     /// Ends flows that the round has made wrong. What can't be ended ends by itself when its client pauses, so an error
     /// is no reason to write the table again.
-    fn end_wrong_flows(&mut self, touched: &Touched) {
+    fn end_wrong_flows(&mut self, touched: &Touched, changes: &Changes, first: bool) {
         let nodes = schema::node_port_addresses(&self.config, &self.nodes);
-        for (family, proto) in flows::concerned(touched, &self.mirror) {
-            let mirror = &self.mirror;
-            let wrong = |flow: &_| flows::is_wrong(flow, proto, touched, mirror, &nodes);
-            match self.netfilter.end_flows(family == Family::V6, flows::protocol(proto), wrong) {
+        let known = first.then(|| self.mirror.backends().copied().collect());
+        let (mirror, lost, nodes) = (&self.mirror, &changes.lost, &nodes);
+        let round = flows::Round { touched, mirror, lost, nodes, known };
+        for (family, proto) in round.concerned() {
+            let wrong = |flow: &_| round.makes_wrong(flow, proto);
+            match self.netfilter.end_flows(family == Family::V6, schema::number(proto), wrong) {
                 Ok(0) => {}
                 Ok(ended) => tracing::debug!(ended, proto = proto.name(), "flows to endpoints that left"),
                 Err(error) => tracing::warn!(
@@ -201,16 +206,17 @@ impl Dataplane for Nftables {
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), DataplaneError> {
-        if self.fresh {
+        let first = self.fresh;
+        if first {
             self.mirror = Mirror::default();
         }
         let touched = self.mirror.apply(changes);
-        if self.fresh {
-            self.replace(&touched)?
+        if first {
+            self.replace(&touched)?;
         } else {
-            self.change(&touched)?
+            self.change(&touched)?;
         }
-        self.end_wrong_flows(&touched);
+        self.end_wrong_flows(&touched, changes, first);
         Ok(())
     }
 

@@ -40,41 +40,40 @@ impl Plan {
         format!("{family}{node}{side}{affinity}{ranges}-of{}", self.choices)
     }
 
-    /// Looks the frontend up again (registers do not outlive a rule) and leaves its pool in register 0.
+    /// Looks the frontend up again (registers do not outlive a rule) and leaves its pool in register 2.
     fn pool(&self) -> Rule {
-        let rule = self.names().find(self.node);
-        if self.outside { rule.copy(Reg(2), Reg(0)) } else { rule }
+        let from = if self.outside { Reg(2) } else { Reg(0) };
+        self.names().find(self.node).copy(from, Reg(2))
     }
 
     fn rules(&self) -> Vec<Rule> {
         let names = self.names();
         let mut rules = Vec::new();
         if self.ranges {
-            let rule = names.source(self.pool(), Reg(1));
-            rules.push(rule.contained(names.ranges, Reg(0), false).then(Verdict::Drop));
+            let rule = names.source(self.pool().copy(Reg(2), Reg(4)), Reg(5));
+            rules.push(rule.contained(names.ranges, Reg(4), false).then(Verdict::Drop));
         }
         if self.affinity_s != 0 {
             rules.extend(self.staying());
         }
         // Also when the table of clients is full.
-        let rule = self.pool().random(self.choices, Reg(1)).mapped(names.endpoints, Reg(0), Reg(4));
-        rules.push(rule.translate(names.family, Reg(4), names.after(Reg(4))));
+        let rule = self.pool().random(self.choices, Reg(3)).mapped(names.endpoints, Reg(2), Reg(10));
+        rules.push(rule.translate(names.family, Reg(10), names.after(Reg(10))));
         rules
     }
 
-    /// Registers: 0 pool, then the client; 6 pool, 7 place; 8 endpoint. IPv6 clients end in register 4.
+    /// Registers: 2 pool, 3 place; 4 pool, then the client; 9 pool, then the endpoint.
     fn staying(&self) -> [Rule; 2] {
         let names = self.names();
-        let client = || names.source(self.pool(), Reg(1));
+        let client = || names.source(self.pool().copy(Reg(2), Reg(4)), Reg(5));
         let remember =
-            |rule: Rule, how, timeout_s| rule.dynamic(how, names.affinity, Reg(0), Reg(8), timeout_s);
-        let translate = |rule: Rule| rule.translate(names.family, Reg(8), names.after(Reg(8)));
-        let known = client().copy(Reg(0), Reg(7)).mapped(names.affinity, Reg(0), Reg(8));
+            |rule: Rule, how, timeout_s| rule.dynamic(how, names.affinity, Reg(4), Reg(10), timeout_s);
+        let translate = |rule: Rule| rule.translate(names.family, Reg(10), names.after(Reg(10)));
+        let known = client().copy(Reg(2), Reg(9)).mapped(names.affinity, Reg(4), Reg(10));
         // An endpoint that has left is still in the table of clients, but no member any more.
-        let known = known.contained(names.members, Reg(7), true);
+        let known = known.contained(names.members, Reg(9), true);
         let known = translate(remember(known, Dynamic::Update, self.affinity_s));
-        let new = client().copy(Reg(0), Reg(6)).random(self.choices, Reg(7));
-        let new = new.mapped(names.endpoints, Reg(6), Reg(8));
+        let new = client().random(self.choices, Reg(3)).mapped(names.endpoints, Reg(2), Reg(10));
         // Updating would keep the endpoint that has left.
         let new = remember(new, Dynamic::Delete, 0);
         [known, translate(remember(new, Dynamic::Add, self.affinity_s))]

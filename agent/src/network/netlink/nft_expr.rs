@@ -163,9 +163,9 @@ impl Rule {
         })
     }
 
-    /// `to = from`, 32 bits.
+    /// `to = from`, of the low 31 bits.
     pub(crate) fn copy(self, from: Reg, to: Reg) -> Self {
-        self.mask(from, &[255; 4], to)
+        self.mask(from, &0x7fff_ffff_u32.to_ne_bytes(), to)
     }
 
     /// Loads a constant.
