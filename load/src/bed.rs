@@ -97,9 +97,6 @@ impl Ground {
             .doing("make the mount namespace private")?;
         mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=700"))
             .doing(format!("mount a BPF file system at {BPFFS}"))?;
-        // iptables-legacy has a lock there; waiting for the host's would be measured.
-        mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("size=1m"))
-            .doing("mount a file system of its own at /run")?;
         let cgroup = root.join(format!("{CGROUP}{}", std::process::id()));
         fs::create_dir(&cgroup).doing(format!("make cgroup {}", cgroup.display()))?;
         Ok(Self { cgroup })

@@ -214,6 +214,8 @@ impl Plane {
     fn restore(&self, program: &str, args: &[&str], rules: &str) -> Result<(), LoadError> {
         let mut command = Command::new(program);
         command.args(args).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        // iptables-legacy locks a file in /run; waiting for the host's would be measured. Any file will do.
+        command.env("XTABLES_LOCKFILE", self.program.cgroup.join("cgroup.procs"));
         dies_with_parent(&mut command);
         feed(command, rules.as_bytes(), program)
     }
