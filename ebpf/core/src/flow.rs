@@ -111,7 +111,7 @@ pub fn note<E: Flows>(env: &E, work: &mut Work) -> bool {
     match env.touch(&work.other_key, work.now_s, work.flow.flags & flow_flag::STATE) {
         Some(held) => same(&held, &work.other),
         // The LRU may have evicted it.
-        None => env.claim(&work.other_key, &work.other) != Claim::Taken,
+        None => env.claim(&work.other_key, &work.other) == Claim::Stored,
     }
 }
 
