@@ -42,7 +42,11 @@ fn services(out: &mut impl Write, paths: &super::Paths) -> Result<bool> {
         Ok(Some(active)) => {
             writeln!(out, "data plane: {} ({})", active.mode.name(), active.why)?;
             for old in &active.leaving {
-                writeln!(out, "data plane: {} is replaced and still to be removed", old.name())?;
+                writeln!(
+                    out,
+                    "data plane: {} is replaced; what its connections need stays until they end",
+                    old.name()
+                )?;
             }
             active.mode
         }

@@ -327,14 +327,38 @@ fn service_data_planes_are_swapped_under_live_connections() {
         assert_eq!(first.talk(), server, "what a socket hook translated goes on without it");
         let mut second = Local::connect(&place, "10.96.0.1", 80);
         let mut outside = place.outside();
-        assert!(PODS.contains(&second.talk().as_str()) && PODS.contains(&outside.talk().as_str()));
+        let servers = [second.talk(), outside.talk()];
 
         place.world.config.mode = Some(Mode::Ebpf);
-        drop(place.open(events()));
-        assert_eq!(nft_tables(), Vec::<String>::new(), "nothing of nftables stays");
+        let mut driver = place.open(events());
         assert_eq!(first.talk(), server);
-        assert!(PODS.contains(&place.outside().talk().as_str()));
+        assert_eq!([second.talk(), outside.talk()], servers, "what conntrack translated goes on");
+        assert!(PODS.contains(&place.outside().talk().as_str()), "a new one is balanced");
+        let rules = checked_nft(&["list", "table", "inet", "sheave"]);
+        assert!(
+            !rules.contains("dnat") && rules.contains("drain-prerouting"),
+            "nothing decides there: {rules}"
+        );
+        drop((second, outside));
+        for state in ["time_wait", "close", "close_wait", "last_ack", "fin_wait"] {
+            let knob = format!("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_{state}");
+            fs::write(&knob, "1").unwrap_or_else(|e| panic!("{knob}: {e}"));
+        }
+        sheave_harness::wait_until("nothing of nftables to stay", PATIENCE, || {
+            driver.tick().map_err(|e| chain(&e))?;
+            let tables = nft_tables();
+            if tables.is_empty() { Ok(()) } else { Err(format!("{tables:?}")) }
+        });
+        let active = choice::active(run_dir.path()).expect("the record").expect("a record");
+        assert!(active.mode == Mode::Ebpf && active.leaving.is_empty(), "{active:?}");
+        assert_eq!(first.talk(), server);
     });
+}
+
+fn checked_nft(args: &[&str]) -> String {
+    let output = Command::new("nft").args(args).output().expect("start nft");
+    assert!(output.status.success(), "nft {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[test]

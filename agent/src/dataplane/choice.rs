@@ -136,24 +136,28 @@ pub(super) fn open(config: &DataplaneConfig) -> Result<Chosen, DataplaneError> {
     Ok(Chosen { plane, active })
 }
 
-/// Removes what `active` replaces, now that it works. What can't be removed stays written down for the next attempt.
+/// Removes what `active` replaces, now that it works. What can't be removed, or still has connections, stays written down
+/// for the next attempt.
 pub(super) fn leave(active: &mut Active, config: &DataplaneConfig) {
     for mode in active.leaving.clone() {
-        let errors = super::remove(mode, config);
-        for error in &errors {
-            tracing::warn!(
-                mode = mode.name(),
-                error = error as &dyn std::error::Error,
-                "a data plane that was replaced is not wholly removed; trying again"
-            );
-        }
-        if errors.is_empty() {
-            tracing::info!(
-                mode = mode.name(),
-                now = active.mode.name(),
-                "removed the data plane that was replaced"
-            );
-            active.leaving.remove(&mode);
+        match super::retire(mode, config) {
+            Ok(true) => {
+                let now = active.mode.name();
+                tracing::info!(mode = mode.name(), now, "removed the data plane that was replaced");
+                active.leaving.remove(&mode);
+            }
+            Ok(false) => {
+                tracing::debug!(mode = mode.name(), "emptied; connections that it translated still live")
+            }
+            Err(errors) => {
+                for error in &errors {
+                    tracing::warn!(
+                        mode = mode.name(),
+                        error = error as &dyn std::error::Error,
+                        "a data plane that was replaced is not wholly removed; trying again"
+                    );
+                }
+            }
         }
     }
     if let Some(run_dir) = &config.run_dir

@@ -51,6 +51,7 @@ impl Driver {
         let choice::Chosen { plane, active } = choice::open(config)?;
         config.stats.update(|figures| figures.mode = Some((active.mode, active.why.clone())));
         let mut driver = Self::over(plane, config.stats.clone())?;
+        driver.plane.set_draining(!active.leaving.is_empty())?;
         driver.chosen = Some((config.clone(), active));
         driver.refresh_node()?;
         Ok(driver)
@@ -182,6 +183,7 @@ impl Driver {
         {
             // Only now that this mode balances everything does the one before it go.
             choice::leave(active, config);
+            self.plane.set_draining(!active.leaving.is_empty())?;
         }
         result
     }

@@ -288,6 +288,10 @@ pub trait Dataplane: Send {
     fn apply(&mut self, changes: &Changes) -> Result<(), DataplaneError>;
     /// Says which addresses NodePorts are reached on.
     fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<(), DataplaneError>;
+    /// Says whether a data plane that was replaced still has connections, whose packets are left to it.
+    fn set_draining(&mut self, _draining: bool) -> Result<(), DataplaneError> {
+        Ok(())
+    }
     /// Makes traffic flow through the table, if it does not yet: attaches, upgrades in place, re-attaches what was
     /// severed. To be called after the first [`Dataplane::apply`] and then from time to time.
     fn attach(&mut self) -> Result<Attached, DataplaneError>;
@@ -300,4 +304,15 @@ pub fn remove(mode: Mode, config: &DataplaneConfig) -> Vec<DataplaneError> {
         Mode::Nftables => nftables::uninstall(config),
         Mode::Ipvs => ipvs::uninstall(config),
     }
+}
+
+/// Takes a mode that another has replaced off the host, but for what its established connections live on. True when all
+/// of it is gone; to be called again later otherwise.
+fn retire(mode: Mode, config: &DataplaneConfig) -> Result<bool, Vec<DataplaneError>> {
+    if mode == Mode::Nftables {
+        let failed = |source| vec![DataplaneError::Host { op: "empty the nftables table sheave", source }];
+        return nftables::drain().map_err(failed);
+    }
+    let errors = remove(mode, config);
+    if errors.is_empty() { Ok(true) } else { Err(errors) }
 }

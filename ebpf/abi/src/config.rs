@@ -12,6 +12,9 @@ pub mod config_flag {
     pub const HOST_PORTS: u32 = 1 << 1;
     /// NodePorts are reached on loopback, by programs in the node's own network namespace.
     pub const LOOPBACK_NODE_PORTS: u32 = 1 << 2;
+    /// Another data plane was replaced and still translates its connections: TCP packets that open none and belong to
+    /// none of ours are left to it.
+    pub const LEAVE_STRAYS: u32 = 1 << 3;
 }
 
 plain! {

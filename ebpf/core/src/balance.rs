@@ -328,6 +328,12 @@ fn scope(frontend: &Frontend, link: Link) -> Scope {
     if frontend.flags & flag != 0 { Scope::Local } else { Scope::Cluster }
 }
 
+/// Whether a data plane that was replaced still has connections.
+#[inline(always)]
+fn leaves_strays<E: Table>(env: &E) -> bool {
+    env.config().is_some_and(|config| config.flags & config_flag::LEAVE_STRAYS != 0)
+}
+
 /// A packet for a service that belongs to no flow: finds a backend and writes the flow's entries.
 #[inline(always)]
 pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
@@ -346,6 +352,9 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
         && !env.in_source_range(work.frontend.service, &work.headers.src)
     {
         return drop(env, work, Counter::SourceRefused);
+    }
+    if work.headers.proto == PROTO_TCP && !work.headers.opens() && leaves_strays(env) {
+        return PASS;
     }
     let scope = scope(&work.frontend, link);
     if select::range(&work.frontend, scope).is_none() {

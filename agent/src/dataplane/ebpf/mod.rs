@@ -409,6 +409,16 @@ impl Dataplane for EbpfDataplane {
         Ok(())
     }
 
+    fn set_draining(&mut self, draining: bool) -> Result<(), DataplaneError> {
+        let held = self.config()?;
+        let others = held.flags & !config_flag::LEAVE_STRAYS;
+        let flags = if draining { others | config_flag::LEAVE_STRAYS } else { others };
+        if flags == held.flags {
+            return Ok(());
+        }
+        self.maps.config.put(&0, &Config { flags, ..held })
+    }
+
     fn attach(&mut self) -> Result<Attached, DataplaneError> {
         if !load::all_pinned(&self.dir)? {
             tracing::warn!(dir = %self.dir.display(), "pins are gone, starting anew");

@@ -14,6 +14,7 @@
 //!
 //! What it does not do: NodePorts on loopback addresses; Maglev and direct server return, which are ignored.
 
+mod drain;
 mod flows;
 mod plan;
 mod schema;
@@ -28,6 +29,8 @@ use state::State;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
+
+pub(super) use drain::drain;
 
 /// The kernel's maps grow; these bounds only keep a mistake from eating the memory.
 const CAPACITY: Capacity = Capacity {

@@ -28,8 +28,8 @@ pub(super) const FIRST_PLAN: u32 = 2;
 
 /// Of the base chains: refusing comes after connection tracking and before translation.
 const REFUSE_PRIORITY: i32 = -110;
-const TRANSLATE_PRIORITY: i32 = -100;
-const MASQUERADE_PRIORITY: i32 = 100;
+pub(super) const TRANSLATE_PRIORITY: i32 = -100;
+pub(super) const MASQUERADE_PRIORITY: i32 = 100;
 
 /// Chain of what local programs send and of what pods send.
 const IN: usize = 0;
