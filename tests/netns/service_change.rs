@@ -47,6 +47,8 @@ impl Place {
         }
         pod.ip(&["addr", "add", &format!("{}/24", PODS[1]), "dev", "eth0"]);
         pod.ip(&["route", "add", "default", "via", ROUTER]);
+        // What the node sends to a service needs a way before nftables translates it.
+        node.ip(&["route", "add", "default", "via", CLIENT]);
         fs::write("/proc/sys/net/ipv4/ip_forward", "1").expect("forward");
         for addr in PODS {
             pod.run(|| echo_server(at(addr, 8080)));
