@@ -348,11 +348,19 @@ fn wire(here: &NetNs, client: &NetNs, node2: &NetNs, pods: &[(&NetNs, Pod)]) {
         node2.ip(&["addr", "add", &format!("{v6}/128"), "dev", "lo", "nodad"]);
     }
     route(here, ["10.244.1.0/24", "fd00:244:1::/64"], NODE2);
+    // A node has a way to addresses that it does not know; modes that translate packets need one for the first.
+    route(here, ["default", "default"], CLIENT);
     route(node2, ["default", "default"], NODE_LAN);
     route(client, ["203.0.113.0/24", "2001:db8:113::/64"], NODE);
     route(client, ["10.0.0.0/8", "fd00::/16"], NODE);
-    for knob in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-        std::fs::write(format!("/proc/sys/net/{knob}"), "1").unwrap_or_else(|e| panic!("{knob}: {e}"));
+    // Modes that refuse by the kernel's own ICMP errors are asked faster than the kernel's limit a destination allows.
+    for (knob, value) in [
+        ("ipv4/ip_forward", "1"),
+        ("ipv6/conf/all/forwarding", "1"),
+        ("ipv4/icmp_ratelimit", "0"),
+        ("ipv6/icmp/ratelimit", "0"),
+    ] {
+        std::fs::write(format!("/proc/sys/net/{knob}"), value).unwrap_or_else(|e| panic!("{knob}: {e}"));
     }
 }
 

@@ -94,11 +94,11 @@ fn service_nft_keeps_traffic_on_the_node_where_policy_says_so() {
         events.extend(one(4, |s| s.internal_local = true, &[elsewhere(1)]));
         events.extend(one(5, |s| (s.external_local, s.internal_local) = (true, true), &[]));
         let driver = bed.driver(events);
-        for family in 0..2 {
+        for (family, client) in CLIENT.into_iter().enumerate() {
             let both: BTreeSet<_> = [pod(0, family), pod(1, family)].into();
             let local = set([&pod(0, family)]);
             // Outside: local endpoints, which see the client itself.
-            assert_eq!(heard(&bed.client, node_port(1, family), 20), (local.clone(), set([CLIENT[family]])));
+            assert_eq!(heard(&bed.client, node_port(1, family), 20), (local.clone(), set([client])));
             assert_eq!(refused(&bed.client, node_port(2, family)), ErrorKind::TimedOut);
             // Inside: like policy Cluster.
             assert_eq!(heard(&bed.pods[2], node_port(1, family), 40), (both.clone(), set([&pod(2, family)])));

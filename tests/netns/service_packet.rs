@@ -341,15 +341,15 @@ fn service_packet_fragments_and_large_packets() {
                 assert!(heard[..len] == sent, "{to}");
             });
         };
-        for n in 0..2 {
-            exchange(at(NODE[n], LOCAL_PORT));
-            exchange(at(NODE[n], REMOTE_PORT));
+        for node in NODE {
+            exchange(at(node, LOCAL_PORT));
+            exchange(at(node, REMOTE_PORT));
         }
         // A narrow way to the other node: who sends too much is told.
         ip(&["link", "set", "up1", "mtu", "1400"]);
         net.other.ip(&["link", "set", "eth0", "mtu", "1400"]);
-        for n in 0..2 {
-            let to = at(NODE[n], REMOTE_PORT);
+        for node in NODE {
+            let to = at(node, REMOTE_PORT);
             net.client.run(|| {
                 let socket = connected(to);
                 socket.set_read_timeout(Some(Duration::from_millis(200))).expect("set a timeout");
@@ -373,9 +373,9 @@ fn service_packet_connections_outlive_changes_of_their_service() {
         let net = Net::new(cgroup);
         let mut driver = net.driver(9090);
         let mut held: Vec<TcpStream> = Vec::new();
-        for n in 0..2 {
+        for node in NODE {
             for port in [LOCAL_PORT, REMOTE_PORT] {
-                let open = || TcpStream::connect_timeout(&at(NODE[n], port), PATIENCE).expect("connect");
+                let open = || TcpStream::connect_timeout(&at(node, port), PATIENCE).expect("connect");
                 held.push(net.client.run(open));
             }
         }
