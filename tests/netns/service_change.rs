@@ -342,11 +342,12 @@ fn service_data_planes_are_swapped_under_live_connections() {
             !rules.contains("dnat") && rules.contains("drain-prerouting"),
             "nothing decides there: {rules}"
         );
-        drop((second, outside));
+        // Before they end, as a connection takes over the time that holds when its state changes.
         for state in ["time_wait", "close", "close_wait", "last_ack", "fin_wait"] {
             let knob = format!("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_{state}");
             fs::write(&knob, "1").unwrap_or_else(|e| panic!("{knob}: {e}"));
         }
+        drop((second, outside));
         sheave_harness::wait_until("nothing of nftables to stay", PATIENCE, || {
             driver.tick().map_err(|e| chain(&e))?;
             let tables = nft_tables();

@@ -31,7 +31,7 @@ const ROOM: Capacity = Capacity {
     backends: 1 << 22,
     members: 1 << 24,
     ranges: 1 << 20,
-    maglevs: 1 << 20,
+    maglevs: 1 << 16,
 };
 
 /// Opens the data plane; what the kernel holds is made equal to the first round.

@@ -1,16 +1,17 @@
 //! What stays of the table while connections that it translated live. Invariant: an emptied table decides nothing, and it
 //! goes with the last such connection.
 //!
-//! The kernel goes on translating known connections only as long as some chain of type `nat` exists; one without rules
-//! is enough.
+//! The kernel goes on translating known connections only as long as some chain of type `nat` exists and some rule looks
+//! at connections, since it tracks none otherwise. So there are chains, and one rule that looks and does nothing.
 
 use super::schema::{self, TABLE, TABLE_FAMILY};
 use crate::network::netlink::nfnl::Netfilter;
 use crate::network::netlink::nft::{Base, OUTPUT, POSTROUTING, PREROUTING, Transaction};
+use crate::network::netlink::nft_expr::{Reg, Rule, ct};
 use std::cell::Cell;
 use std::io;
 
-/// The chains that keep translation going, none of which has a rule.
+/// The chains that keep translation going; none has a rule that decides.
 const CHAINS: [(&str, u32, i32); 3] = [
     ("drain-prerouting", PREROUTING, schema::TRANSLATE_PRIORITY),
     ("drain-output", OUTPUT, schema::TRANSLATE_PRIORITY),
@@ -56,6 +57,7 @@ pub(crate) fn drain() -> io::Result<bool> {
         for (name, hook, priority) in CHAINS {
             tx.add_chain(name, Some(Base { kind: "nat", hook, priority }));
         }
+        tx.add_rule(CHAINS[0].0, &Rule::new().ct(ct::TO_V4, true, Reg(0)));
     }
     tx.commit(&mut netfilter)?;
     Ok(!keep)
