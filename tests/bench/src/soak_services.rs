@@ -49,6 +49,12 @@ pub(crate) fn run(rounds: usize) -> Result<()> {
     inside(&node, &kubeconfig, create)?;
     let mut agent = Killed::start(&mut agent(&node, &dir)?, "agent")?;
     let ids = wait("the first table", || complete(&node))?;
+    // The programs are attached only when the table is filled, and verifying them takes longer than a round.
+    let links = dataplane::ebpf::versioned(node.pin_dir()).join("links");
+    wait("the programs to be attached", || {
+        let attached = ["shv_connect4", "shv_connect6"].iter().all(|hook| links.join(hook).exists());
+        if attached { Ok(()) } else { bail!("no link in {}", links.display()) }
+    })?;
     let load = start_load(&node, &kubeconfig)?;
     let mut changes = 0;
     for round in 0..rounds {
@@ -301,6 +307,15 @@ struct Counts {
     wrong_backend: AtomicU64,
 }
 
+impl Counts {
+    /// Counts a connection that did not come about; the first few are told.
+    fn refuse(&self, to: SocketAddr, error: &anyhow::Error) {
+        if self.refused.fetch_add(1, Ordering::Relaxed) < 3 {
+            eprintln!("{to}: {error:#}");
+        }
+    }
+}
+
 impl SteadyClient {
     pub(crate) fn run(&self) -> Result<()> {
         let (stop, counts) = (Arc::new(AtomicBool::new(false)), Arc::new(Counts::default()));
@@ -351,7 +366,10 @@ fn add(count: &AtomicU64) {
 
 /// The same backend must go on answering.
 fn stay(to: SocketAddr, owner: u8, stop: &AtomicBool, counts: &Counts) {
-    let Ok(mut stream) = connect(to) else { return add(&counts.refused) };
+    let mut stream = match connect(to) {
+        Ok(stream) => stream,
+        Err(error) => return counts.refuse(to, &error),
+    };
     let mut first = None;
     while !stop.load(Ordering::Relaxed) {
         match asks(&mut stream) {
@@ -371,7 +389,7 @@ fn come_and_go(to: SocketAddr, owner: u8, stop: &AtomicBool, counts: &Counts) {
         match connect(to).and_then(|mut stream| asks(&mut stream)) {
             Ok(server) if server.octets()[2] == owner => add(&counts.connections),
             Ok(_) => add(&counts.wrong_backend),
-            Err(_) => add(&counts.refused),
+            Err(error) => counts.refuse(to, &error),
         }
         std::thread::sleep(Duration::from_millis(40));
     }
