@@ -99,7 +99,7 @@ fn needs_ebpf(paths: &Paths) -> Result<()> {
 fn elsewhere(mode: Mode) -> &'static str {
     match mode {
         Mode::Ebpf => "see `sheave service list`",
-        Mode::Nftables => "see `nft list ruleset`, tables named sheave",
+        Mode::Nftables => "see `nft list map inet sheave services4` and `services6`",
         Mode::Ipvs => "see `ipvsadm -Ln`, and `nft list ruleset`, tables named sheave",
     }
 }
