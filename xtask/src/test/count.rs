@@ -36,6 +36,16 @@ impl Tally {
         self.notes.push(note);
     }
 
+    /// Counts tests that failed and were run once more by what came of that, and names them: a test that passes now and
+    /// then is a defect that somebody has to look at.
+    pub(crate) fn take_second_run(&mut self, names: &[String], again: &Tally) {
+        self.notes.push(format!("UNSTEADY, failed at first: {}", names.join(", ")));
+        if again.failed == 0 && again.passed == names.len() as u64 {
+            self.failed = self.failed.saturating_sub(again.passed);
+            self.passed += again.passed;
+        }
+    }
+
     /// Moves tests that skipped themselves from passed to skipped. `reported` has a line `<test>\t<reason>` for each;
     /// one that is missing from `allowed` (ring, test) is a failure, if there is such a list.
     pub(crate) fn take_skips(&mut self, reported: &str, ring: &str, allowed: &Option<Vec<(String, String)>>) {
@@ -85,6 +95,12 @@ pub(crate) fn tally(log: &str, success: bool) -> Tally {
     tally
 }
 
+/// Names of the tests that `log` says have failed.
+pub(crate) fn failures(log: &str) -> Vec<String> {
+    let verdicts = log.lines().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
+    verdicts.map(|name| name.split(" - ").next().unwrap_or(name).to_owned()).collect()
+}
+
 fn number_before(text: &str, word: &str) -> u64 {
     let Some(end) = text.find(word) else { return 0 };
     let digits = text[..end].rsplit(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
@@ -116,6 +132,23 @@ mod tests {
     fn nothing_run_is_a_failure() {
         assert_eq!(tally("", true).failed, 1);
         assert_eq!(tally(GOOD, false).failed, 1);
+    }
+
+    #[test]
+    fn failures_are_named_and_a_second_run_counts() {
+        let log = "test a::b ... ok\ntest a::c ... FAILED\ntest a::d - should panic ... FAILED\n";
+        let names = failures(log);
+        assert_eq!(names, ["a::c", "a::d"]);
+        let first = || Tally { passed: 1, failed: 2, ..Tally::default() };
+        let mut mended = first();
+        mended.take_second_run(&names, &Tally { passed: 2, ..Tally::default() });
+        assert_eq!((mended.passed, mended.failed), (3, 0));
+        assert!(mended.line().contains("UNSTEADY, failed at first: a::c, a::d"));
+        for again in [Tally { passed: 1, failed: 1, ..Tally::default() }, Tally::default()] {
+            let mut still = first();
+            still.take_second_run(&names, &again);
+            assert_eq!((still.passed, still.failed), (1, 2));
+        }
     }
 
     #[test]
