@@ -84,6 +84,8 @@ pub(crate) struct UpFlags {
     #[command(flatten)]
     pub(crate) agent: AgentFlags,
     #[command(flatten)]
+    pub(crate) network: NetworkFlags,
+    #[command(flatten)]
     pub(crate) services: ServiceFlags,
 }
 
@@ -101,6 +103,8 @@ pub(crate) struct AgentCommand {
     pub(crate) base: BaseFlags,
     #[command(flatten)]
     pub(crate) agent: AgentFlags,
+    #[command(flatten)]
+    pub(crate) network: NetworkFlags,
     #[command(flatten)]
     pub(crate) services: ServiceFlags,
     /// Range of NodePorts, first and last; must be the control plane's [default: 30000-32767]
@@ -212,7 +216,8 @@ pub(crate) struct AgentFlags {
     #[arg(long, value_name = "IP", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) node_ip: Vec<IpAddr>,
-    /// Range of pod addresses on this node, one a family [default: 10.244.0.0/24, fd00:244::/64]
+    /// Range of pod addresses on this node, one a family [default: what the peers file or the Node's
+    /// spec.podCIDRs say]
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) pod_cidr: Vec<IpNetwork>,
@@ -240,10 +245,53 @@ pub(crate) struct AgentFlags {
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) node_label: Vec<String>,
-    /// What the agent does on this node [default: pods,services]
+    /// What the agent does on this node: pods, services, network; pods need the network and bring it
+    /// [default: pods,services,network]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) components: Vec<String>,
+}
+
+/// `[network]`
+#[derive(Debug, Default, Clone, Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[command(next_help_heading = "Network [network]")]
+pub(crate) struct NetworkFlags {
+    /// How pods of other nodes are reached: vxlan, direct (plain routes, for nodes on one link), auto (direct where
+    /// that works, else vxlan) or none [default: auto]
+    #[arg(long, value_name = "MODE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) overlay: Option<String>,
+    /// File that names the nodes, their addresses and pod ranges, TOML or JSON; for use without Kubernetes. It is read
+    /// again when it changes [default: the API's Nodes]
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) peers: Option<PathBuf>,
+    /// VXLAN network identifier, the same on all nodes [default: 84]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) vxlan_vni: Option<u32>,
+    /// UDP port of VXLAN, the same on all nodes [default: 4789]
+    #[arg(long, value_name = "PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) vxlan_port: Option<u16>,
+    /// Whether the uplink may compute checksums of packets inside VXLAN; off where it does so wrongly [default: true]
+    #[arg(long, value_name = "true|false")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) vxlan_tx_checksum: Option<bool>,
+    /// Whether what pods send out of the pod ranges gets the node's address [default: true]
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) masquerade: Option<bool>,
+    /// Destinations beside the pod ranges that see the pods' own addresses
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) masquerade_except: Vec<IpNetwork>,
+    /// Keep a sysctl file there with what the overlay sets, for hosts whose tools set it otherwise, such as
+    /// /run/sysctl.d [default: none]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sysctl_dir: Option<PathBuf>,
 }
 
 /// `[services]`

@@ -11,14 +11,15 @@ use toml::Table;
 /// Where the file is looked for when `--config` does not name one. It may be absent there.
 pub(crate) const DEFAULT_PATH: &str = "/etc/sheave/config.toml";
 
-/// The settings file as it was read: one table a section (`[paths]`, `[control]`, `[agent]`, `[services]`, `[log]`).
+/// The settings file as it was read: one table a section (`[paths]`, `[control]`, `[agent]`, `[network]`,
+/// `[services]`, `[log]`).
 #[derive(Debug, Default)]
 pub(crate) struct File {
     path: PathBuf,
     tables: Table,
 }
 
-const SECTIONS: [&str; 5] = ["paths", "log", "control", "agent", "services"];
+const SECTIONS: [&str; 6] = ["paths", "log", "control", "agent", "network", "services"];
 
 impl File {
     /// Reads `path`, or the default place when none is given.

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::dataplane::ServiceSettings;
 use crate::limits;
+use crate::network::overlay::{OverlaySettings, VNI_MAX};
 
-/// What an agent can do on its node. An agent beside an existing kubelet runs `services` only.
+/// What an agent can do on its node. An agent beside an existing kubelet runs `services`, `network` or both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Component {
@@ -19,6 +20,9 @@ pub enum Component {
     Pods,
     /// Balances Services in the kernel.
     Services,
+    /// Connects pods, those of others' runtimes too, and leads to the pods of other nodes. What runs pods does this
+    /// as well, whether it is named or not.
+    Network,
 }
 
 /// Settings of one agent. Every field has a default, so that a TOML or JSON document names only what
@@ -44,8 +48,11 @@ pub struct AgentConfig {
     /// Addresses of the node, at most one a family is published as InternalIP. Empty means the
     /// addresses of the uplink (or of the interface with the default route).
     pub node_ips: Vec<IpAddr>,
-    /// Ranges that pods get their addresses from, at most one a family.
+    /// Ranges that pods get their addresses from, at most one a family. See [`AgentConfig::pod_cidrs_of_node`].
     pub pod_cidrs: Vec<IpNetwork>,
+    /// Whether `pod_cidrs` are replaced by what the peers file says of this node or, without such a file, by the
+    /// Node's `spec.podCIDRs`, which are waited for.
+    pub pod_cidrs_of_node: bool,
     /// Nameservers of pods with `dnsPolicy: ClusterFirst`. Empty means that such pods get the node's.
     pub cluster_dns: Vec<IpAddr>,
     /// Suffix of the search list of pods with `dnsPolicy: ClusterFirst`.
@@ -68,6 +75,8 @@ pub struct AgentConfig {
     pub node_labels: BTreeMap<String, String>,
     /// First and last NodePort, inclusive; must be what the control plane allocates from.
     pub node_port_range: (u16, u16),
+    /// How pods of other nodes are reached.
+    pub overlay: OverlaySettings,
     /// How services are balanced.
     pub services: ServiceSettings,
     /// What this agent does. Empty means everything.
@@ -88,6 +97,7 @@ impl Default for AgentConfig {
             cgroup_path: None,
             node_ips: Vec::new(),
             pod_cidrs: default_pod_cidrs(),
+            pod_cidrs_of_node: false,
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
             uplinks: Vec::new(),
@@ -98,6 +108,7 @@ impl Default for AgentConfig {
             max_pods: 110,
             node_labels: BTreeMap::new(),
             node_port_range: (30000, 32767),
+            overlay: OverlaySettings::default(),
             services: ServiceSettings::default(),
             components: Vec::new(),
             shim_exe: None,
@@ -126,7 +137,7 @@ pub enum ConfigError {
         family: &'static str,
     },
     /// No address can be given to a pod.
-    #[error("pod_cidrs is empty: the component \"pods\" needs at least one range")]
+    #[error("pod_cidrs is empty: the components \"pods\" and \"network\" need at least one range")]
     NoPodCidr,
     /// Out of 1 to [`limits::PODS_PER_NODE_MAX`].
     #[error("max_pods {0} is out of range 1 to {max}", max = limits::PODS_PER_NODE_MAX)]
@@ -134,6 +145,12 @@ pub enum ConfigError {
     /// First port above the last, or 0.
     #[error("node_port_range {0}-{1} is not a range of ports")]
     NodePorts(u16, u16),
+    /// Out of 1 to [`VNI_MAX`].
+    #[error("overlay.vni {0} is out of range 1 to {VNI_MAX}")]
+    Vni(u32),
+    /// Not a port.
+    #[error("overlay.port is 0; the default is 4789")]
+    VxlanPort,
     /// A map of the data plane that nothing fits into, or larger than the kernel takes.
     #[error(
         "services.map_sizes.{field} {value} is out of range {min} to {max}",
@@ -154,7 +171,15 @@ pub enum ConfigError {
 impl AgentConfig {
     /// Whether this agent does `component`.
     pub fn does(&self, component: Component) -> bool {
-        self.components.is_empty() || self.components.contains(&component)
+        let named = |component| self.components.contains(&component);
+        self.components.is_empty()
+            || named(component)
+            || component == Component::Network && named(Component::Pods)
+    }
+
+    /// Whether this agent works with an API server. Without one, a network alone gets its peers from a file.
+    pub fn needs_api(&self) -> bool {
+        self.does(Component::Pods) || self.does(Component::Services) || self.overlay.peers_file.is_none()
     }
 
     /// Refuses what can't work, before anything is touched. `node_name` must be filled in.
@@ -164,8 +189,14 @@ impl AgentConfig {
         }
         one_of_each_family("node_ips", self.node_ips.iter().map(IpAddr::is_ipv4))?;
         one_of_each_family("pod_cidrs", self.pod_cidrs.iter().map(IpNetwork::is_ipv4))?;
-        if self.does(Component::Pods) && self.pod_cidrs.is_empty() {
+        if self.does(Component::Network) && self.pod_cidrs.is_empty() {
             return Err(ConfigError::NoPodCidr);
+        }
+        if self.overlay.vni == 0 || self.overlay.vni > VNI_MAX {
+            return Err(ConfigError::Vni(self.overlay.vni));
+        }
+        if self.overlay.port == 0 {
+            return Err(ConfigError::VxlanPort);
         }
         if self.max_pods == 0 || self.max_pods > limits::PODS_PER_NODE_MAX {
             return Err(ConfigError::MaxPods(self.max_pods));
@@ -233,6 +264,9 @@ mod tests {
         assert_eq!(none.validate(), Err(ConfigError::NoPodCidr));
         let services = AgentConfig { components: vec![Component::Services], ..none };
         assert_eq!(services.validate(), Ok(()));
+        let mut overlay = base.clone();
+        overlay.overlay.vni = 1 << 24;
+        assert_eq!(overlay.validate(), Err(ConfigError::Vni(1 << 24)));
         let ports = AgentConfig { node_port_range: (2, 1), ..base.clone() };
         assert_eq!(ports.validate(), Err(ConfigError::NodePorts(2, 1)));
         let mut maps = base.clone();
@@ -241,6 +275,17 @@ mod tests {
         let tls = AgentConfig { tls_cert: Some("c".into()), ..base.clone() };
         assert_eq!(tls.validate(), Err(ConfigError::HalfTls));
         assert!(AgentConfig { max_pods: 0, ..base }.validate().is_err());
+    }
+
+    #[test]
+    fn what_runs_pods_connects_them() {
+        let only = |component| AgentConfig { components: vec![component], ..named("n") };
+        assert!(only(Component::Pods).does(Component::Network));
+        assert!(!only(Component::Services).does(Component::Network));
+        let mut network = only(Component::Network);
+        assert!(!network.does(Component::Pods) && network.needs_api());
+        network.overlay.peers_file = Some("peers.toml".into());
+        assert!(!network.needs_api());
     }
 
     #[test]

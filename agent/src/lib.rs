@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use cluster::{Client, events, lease, node, pods};
 use dataplane::{DataplaneConfig, StatsHandle};
+use network::overlay::PeersFile;
 use network::{Network, NetworkConfig};
 use pod::act::Means;
 use pod::driver::Driver;
@@ -99,6 +100,17 @@ pub enum AgentError {
     /// Pods can't be connected.
     #[error("starting the pod network")]
     Network(#[from] network::NetworkError),
+    /// The peers file can't be used.
+    #[error("the overlay's peers")]
+    Peers(#[from] network::overlay::PeersError),
+    /// The peers file says nothing of this node.
+    #[error("peers file {path} does not name this node, {node}: add an entry for it, or give --pod-cidr")]
+    NotAmongPeers {
+        /// The file.
+        path: PathBuf,
+        /// The node.
+        node: String,
+    },
     /// Services can't be balanced.
     #[error("starting the data plane")]
     Dataplane(#[from] Box<dataplane::DataplaneError>),
@@ -117,23 +129,35 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         return Err(AgentError::Host(missing));
     }
     make_directories(&config)?;
-    let (client, credentials) = connect(&config.kubeconfig).await?;
+    let api = match config.needs_api() {
+        true => Some(connect(&config.kubeconfig).await?),
+        false => None,
+    };
     let health_listener = listen(config.health_listen, "health_listen").await?;
     let metrics = Metrics::default();
     let mut tasks: JoinSet<Result<(), AgentError>> = JoinSet::new();
     let mut registry = None;
-    if config.does(Component::Pods) {
-        let pods = open_pods(&config, &client, &credentials, &metrics, &shutdown).await?;
+    let mut network = None;
+    if config.does(Component::Network) {
+        let client = api.as_ref().map(|(client, _)| client);
+        if !find_ranges(&mut config, client, &shutdown).await? {
+            return Ok(());
+        }
+        network = Some(open_network(&config).await?);
+    }
+    if let (Some((client, credentials)), Some(network), true) = (&api, &network, config.does(Component::Pods))
+    {
+        let pods = open_pods(&config, client, credentials, network, &metrics, &shutdown).await?;
         registry = Some(pods.shared.registry.clone());
-        pods.spawn(&config, &client, &mut tasks, &shutdown);
+        pods.spawn(&config, client, &mut tasks, &shutdown);
     }
     let stats = StatsHandle::default();
     // Outlives the other parts: that the agent is about to end is said before it does.
     let last = CancellationToken::new();
-    if config.does(Component::Services) {
+    if let (Some((client, _)), true) = (&api, config.does(Component::Services)) {
         let plane = dataplane::run(client.kube(), dataplane_config(&config, &stats), shutdown.clone());
         tasks.spawn(async move { plane.await.map_err(|error| AgentError::Dataplane(Box::new(error))) });
-        serve_proxy(&config, &client, &stats, &last);
+        serve_proxy(&config, client, &stats, &last);
     }
     let health = Arc::new(health(&metrics, registry, stats.clone()));
     let serving = server::serve_health(health_listener, health, shutdown.clone());
@@ -191,7 +215,7 @@ pub fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneC
 
 /// Beginnings of the names of pods' devices: those that the agent makes itself, and those it was told of.
 fn pod_links(config: &AgentConfig) -> Vec<String> {
-    let own = config.does(Component::Pods).then(|| network::NODE_LINK_PREFIX.to_owned());
+    let own = config.does(Component::Network).then(|| network::NODE_LINK_PREFIX.to_owned());
     own.into_iter().chain(config.services.pod_links.iter().cloned()).collect()
 }
 
@@ -200,6 +224,24 @@ fn complete(config: &mut AgentConfig) -> Result<(), AgentError> {
     if config.node_name.is_empty() {
         let name = nix::unistd::gethostname().unwrap_or_default();
         config.node_name = name.to_string_lossy().to_lowercase();
+    }
+    if let Some(path) = config.overlay.peers_file.clone().filter(|_| config.does(Component::Network)) {
+        let file = PeersFile::read(&path)?;
+        match file.node(&config.node_name) {
+            Some(own) => {
+                if config.node_ips.is_empty() {
+                    config.node_ips.clone_from(&own.node_ips);
+                }
+                if config.pod_cidrs_of_node {
+                    config.pod_cidrs.clone_from(&own.pod_cidrs);
+                }
+            }
+            None if config.pod_cidrs_of_node => {
+                return Err(AgentError::NotAmongPeers { path, node: config.node_name.clone() });
+            }
+            None => {}
+        }
+        config.pod_cidrs_of_node = false;
     }
     if config.node_ips.is_empty() || config.uplinks.is_empty() {
         let found = network::node_addresses(&config.uplinks)?;
@@ -271,6 +313,36 @@ async fn listen(address: SocketAddr, field: &'static str) -> Result<TcpListener,
     TcpListener::bind(address).await.map_err(|source| AgentError::Listen { address, field, source })
 }
 
+/// Puts the Node's ranges into the configuration where it asks for them; false when the agent is to end first.
+async fn find_ranges(
+    config: &mut AgentConfig,
+    client: Option<&Client>,
+    shutdown: &CancellationToken,
+) -> Result<bool, AgentError> {
+    let Some(client) = client.filter(|_| config.pod_cidrs_of_node) else { return Ok(true) };
+    let facts = node::Facts { pod_cidrs: Vec::new(), ..node_facts(config, 0) };
+    let register = config.does(Component::Pods);
+    let Some(ranges) = cluster::ranges::wait(client, &facts, register, &config.state_dir, shutdown).await
+    else {
+        return Ok(false);
+    };
+    tracing::info!(node = config.node_name, ?ranges, "pod ranges of this node");
+    config.pod_cidrs = ranges;
+    config.validate()?;
+    Ok(true)
+}
+
+/// What connects pods, those of this agent and those of other runtimes.
+async fn open_network(config: &AgentConfig) -> Result<Network, AgentError> {
+    let network = NetworkConfig {
+        state_dir: config.state_dir.clone(),
+        node_ips: config.node_ips.clone(),
+        pod_cidrs: config.pod_cidrs.clone(),
+        uplinks: config.uplinks.clone(),
+    };
+    Ok(Network::open(network).await?)
+}
+
 /// Everything that runs pods, open but idle.
 struct Pods {
     shared: Arc<Shared>,
@@ -285,6 +357,7 @@ async fn open_pods(
     config: &AgentConfig,
     client: &Client,
     credentials: &Credentials,
+    network: &Network,
     metrics: &Metrics,
     shutdown: &CancellationToken,
 ) -> Result<Pods, AgentError> {
@@ -309,13 +382,6 @@ async fn open_pods(
     let images = tokio::task::spawn_blocking(move || ImageStore::open(&state_dir))
         .await
         .map_err(|_| AgentError::Ended("image store"))??;
-    let network = Network::open(NetworkConfig {
-        state_dir: config.state_dir.clone(),
-        node_ips: config.node_ips.clone(),
-        pod_cidrs: config.pod_cidrs.clone(),
-        uplinks: config.uplinks.clone(),
-    })
-    .await?;
     let facts = node_facts(config, port);
     let (recorder, telling) =
         events::Recorder::start(client.clone(), config.node_name.clone(), shutdown.clone());
@@ -323,7 +389,7 @@ async fn open_pods(
         prober: Prober::new(runtime.clone())?,
         runtime,
         images,
-        network,
+        network: network.clone(),
         api: client.clone(),
         node: node_settings(config, &facts),
         state_dir: config.state_dir.clone(),

@@ -94,6 +94,10 @@ pub const EXEC_OUTPUT_BYTES_MAX: usize = 64 * 1024;
 pub const fn secs(s: u64) -> Duration {
     Duration::from_secs(s)
 }
+/// A number of whole milliseconds from this file as a [`Duration`].
+pub const fn millis(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
 /// Layers of one image: what overlayfs stacks with room for the container's own.
 pub const IMAGE_LAYERS_MAX: usize = 127;
 /// Unpacked bytes of one layer.
@@ -120,6 +124,9 @@ pub const NETLINK_DUMP_TRIES_MAX: usize = 30;
 pub const LINK_READY_TIMEOUT_MS: u64 = 2_000;
 /// How long a pod's freed address is not given to another: long enough for peers to notice resets.
 pub const ADDRESS_QUARANTINE_MS: u64 = 10_000;
+
+/// How often it is said that a node still waits for its pod ranges.
+pub const RANGES_REMINDER_PERIOD_S: u64 = 30;
 
 /// Map elements in one system call.
 pub const BPF_BATCH_ELEMENTS: usize = 4096;

@@ -72,6 +72,7 @@ pub fn check(host: &Host, config: &AgentConfig) -> Vec<Missing> {
     }
     let root = host.cgroup2_root();
     match (&root, &config.cgroup_path) {
+        (None, _) if !config.does(Component::Pods) && !config.does(Component::Services) => {}
         (None, _) => lack("a cgroup v2 hierarchy", "mount -t cgroup2 none /sys/fs/cgroup/unified"),
         (Some(root), Some(path)) if !path.starts_with(root) => {
             lack(

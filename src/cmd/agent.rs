@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use sheave_agent::{AgentConfig, Component};
 
-use crate::cli::{AgentCommand, AgentFlags, BaseFlags, PathFlags, ServiceFlags};
+use crate::cli::{AgentCommand, AgentFlags, BaseFlags, NetworkFlags, PathFlags, ServiceFlags};
 use crate::config::File;
 use crate::logging;
 
@@ -14,7 +14,7 @@ pub(super) fn run(command: &AgentCommand) -> Result<()> {
     logging::start(&file.merge("log", &command.base.log)?)?;
     let services =
         ServiceFlags { node_port_range: command.node_port_range.clone(), ..command.services.clone() };
-    let config = config(&file, &command.base, &command.agent, &services)?;
+    let config = config(&file, &command.base, &command.agent, &command.network, &services)?;
     super::run_daemon(async |shutdown| Ok(sheave_agent::run(config, shutdown).await?))
 }
 
@@ -23,6 +23,7 @@ pub(super) fn config(
     file: &File,
     base: &BaseFlags,
     flags: &AgentFlags,
+    network: &NetworkFlags,
     services: &ServiceFlags,
 ) -> Result<AgentConfig> {
     let paths: PathFlags = file.merge("paths", &base.paths)?;
@@ -38,8 +39,11 @@ pub(super) fn config(
     config.cgroup_path = paths.cgroup_path;
     set(&mut config.kubeconfig, flags.kubeconfig);
     config.node_ips = flags.node_ip;
+    config.components = components(&flags.components)?;
     if !flags.pod_cidr.is_empty() {
         config.pod_cidrs = flags.pod_cidr;
+    } else if config.does(Component::Network) && !config.does(Component::Pods) {
+        config.pod_cidrs_of_node = true;
     }
     config.uplinks = flags.uplink;
     config.cluster_dns = flags.cluster_dns;
@@ -47,9 +51,24 @@ pub(super) fn config(
     set(&mut config.health_listen, flags.health_listen);
     set(&mut config.max_pods, flags.max_pods);
     config.node_labels = labels(&flags.node_label)?;
-    config.components = components(&flags.components)?;
+    set_network(&mut config, file.merge("network", network)?)?;
     super::services::set(&mut config, &file.merge("services", services)?)?;
     Ok(config)
+}
+
+fn set_network(config: &mut AgentConfig, flags: NetworkFlags) -> Result<()> {
+    let overlay = &mut config.overlay;
+    if let Some(mode) = &flags.overlay {
+        overlay.mode = mode.parse().map_err(|why| anyhow!("--overlay {why}"))?;
+    }
+    overlay.peers_file = flags.peers;
+    set(&mut overlay.vni, flags.vxlan_vni);
+    set(&mut overlay.port, flags.vxlan_port);
+    set(&mut overlay.tx_checksum, flags.vxlan_tx_checksum);
+    set(&mut overlay.masquerade, flags.masquerade);
+    overlay.masquerade_exceptions = flags.masquerade_except;
+    overlay.sysctl_dir = flags.sysctl_dir;
+    Ok(())
 }
 
 pub(super) fn set<T>(field: &mut T, value: Option<T>) {
@@ -83,7 +102,8 @@ fn components(given: &[String]) -> Result<Vec<Component>> {
         .map(|name| match name.as_str() {
             "pods" => Ok(Component::Pods),
             "services" => Ok(Component::Services),
-            other => bail!("--components {other:?}: there are pods and services"),
+            "network" => Ok(Component::Network),
+            other => bail!("--components {other:?}: there are pods, services and network"),
         })
         .collect()
 }
@@ -97,6 +117,7 @@ mod tests {
         assert_eq!(labels(&["a=b".into(), "c=".into()]).unwrap().len(), 2);
         assert!(labels(&["a".into()]).unwrap_err().to_string().contains("KEY=VALUE"));
         assert_eq!(components(&["services".into()]).unwrap(), [Component::Services]);
+        assert_eq!(components(&["network".into()]).unwrap(), [Component::Network]);
         assert!(components(&["dns".into()]).unwrap_err().to_string().contains("dns"));
     }
 }

@@ -7,12 +7,18 @@ use sheave_agent::dataplane::StatsHandle;
 use sheave_agent::network::{Network, NetworkConfig};
 use sheave_agent::runtime::{Runtime, RuntimeConfig};
 
-use crate::cli::{AgentFlags, DownFlags, ServiceFlags};
+use crate::cli::{AgentFlags, DownFlags, NetworkFlags, ServiceFlags};
 use crate::config::File;
 
 pub(super) fn run(flags: &DownFlags) -> Result<()> {
     let file = File::read(flags.base.config.as_deref())?;
-    let agent = super::agent::config(&file, &flags.base, &AgentFlags::default(), &ServiceFlags::default())?;
+    let agent = super::agent::config(
+        &file,
+        &flags.base,
+        &AgentFlags::default(),
+        &NetworkFlags::default(),
+        &ServiceFlags::default(),
+    )?;
     let mut failures = super::runtime()?.block_on(stop_pods(&agent))?;
     let plane = sheave_agent::dataplane_config(&agent, &StatsHandle::default());
     let errors = sheave_agent::dataplane::choice::remove_all(&plane);

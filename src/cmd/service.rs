@@ -11,7 +11,7 @@ use sheave_agent::service::{FrontendKey, Proto};
 
 use super::names;
 use super::table::Table;
-use crate::cli::{AgentFlags, BaseFlags, Output, ServiceFlags, ServiceGetFlags};
+use crate::cli::{AgentFlags, BaseFlags, NetworkFlags, Output, ServiceFlags, ServiceGetFlags};
 use crate::config::File;
 
 pub(super) fn list(base: &BaseFlags, output: Output) -> Result<()> {
@@ -109,7 +109,14 @@ fn asked(flags: &ServiceGetFlags) -> Result<(Vec<FrontendKey>, Option<Vec<String
 
 fn refusals(base: &BaseFlags, service: &str) -> Option<Vec<String>> {
     let file = File::read(base.config.as_deref()).ok()?;
-    let agent = super::agent::config(&file, base, &AgentFlags::default(), &ServiceFlags::default()).ok()?;
+    let agent = super::agent::config(
+        &file,
+        base,
+        &AgentFlags::default(),
+        &NetworkFlags::default(),
+        &ServiceFlags::default(),
+    )
+    .ok()?;
     let told = names::of_agent(agent.health_listen, "/services").ok()?;
     let reasons = told["refused"].get(service).and_then(Value::as_array).cloned().unwrap_or_default();
     Some(reasons.iter().filter_map(Value::as_str).map(str::to_owned).collect())

@@ -8,7 +8,7 @@ use sheave_agent::dataplane::Mode;
 use sheave_agent::dataplane::ebpf::{Candidate, Origin, Question, Trace, trace};
 use sheave_agent::service::Proto;
 
-use crate::cli::{AgentFlags, Output, ServiceFlags, ServiceTraceFlags};
+use crate::cli::{AgentFlags, NetworkFlags, Output, ServiceFlags, ServiceTraceFlags};
 use crate::config::File;
 
 pub(super) fn run(flags: &ServiceTraceFlags) -> Result<()> {
@@ -52,7 +52,8 @@ fn question(flags: &ServiceTraceFlags) -> Result<Question> {
     let pod_cidrs = if flags.pod_cidr.is_empty() {
         let file = File::read(flags.base.config.as_deref())?;
         let given = AgentFlags { node_name: Some("any".to_owned()), ..AgentFlags::default() };
-        super::agent::config(&file, &flags.base, &given, &ServiceFlags::default())?.pod_cidrs
+        super::agent::config(&file, &flags.base, &given, &NetworkFlags::default(), &ServiceFlags::default())?
+            .pod_cidrs
     } else {
         flags.pod_cidr.clone()
     };

@@ -12,7 +12,7 @@ pub(super) fn run(flags: &UpFlags) -> Result<()> {
     let file = File::read(flags.base.config.as_deref())?;
     logging::start(&file.merge("log", &flags.base.log)?)?;
     let mut control = super::control::config(&file, &flags.base, &flags.control)?;
-    let mut agent = super::agent::config(&file, &flags.base, &flags.agent, &flags.services)?;
+    let mut agent = super::agent::config(&file, &flags.base, &flags.agent, &flags.network, &flags.services)?;
     agent.node_port_range = control.node_port_range;
     super::run_daemon(async |shutdown| {
         if agent.node_ips.is_empty() {

@@ -8,6 +8,7 @@ pub mod lease;
 pub mod node;
 mod parse;
 pub mod pods;
+pub(crate) mod ranges;
 pub mod services;
 mod wire;
 

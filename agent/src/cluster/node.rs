@@ -115,6 +115,12 @@ impl Facts {
             "spec": self.spec(), "status": self.status(pressure, &[], now)})
     }
 
+    /// The object to create before anything else is known than that the node exists.
+    pub(crate) fn bare_object(&self) -> Value {
+        json!({"apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": self.name, "labels": self.labels_wanted()}, "spec": self.spec()})
+    }
+
     /// The status. `prior` holds the conditions that were reported before (type, status, since).
     pub fn status(&self, pressure: Pressure, prior: &[(String, String, String)], now: Millis) -> Value {
         let allocatable = self.allocatable();
@@ -255,6 +261,22 @@ struct WireCondition {
     kind: String,
     status: String,
     last_transition_time: Option<String>,
+}
+
+impl WireNode {
+    /// Ranges of the node's pods that can be read, in the API's order.
+    pub(crate) fn pod_cidrs(&self) -> Vec<IpNetwork> {
+        let one = std::slice::from_ref(&self.spec.pod_cidr);
+        let all = if self.spec.pod_cidrs.is_empty() { one } else { self.spec.pod_cidrs.as_slice() };
+        all.iter().filter_map(|range| range.parse().ok()).collect()
+    }
+
+    /// Its InternalIPs, in the API's order.
+    pub(crate) fn internal_ips(&self) -> Vec<IpAddr> {
+        let all = self.status.addresses.as_array().map(Vec::as_slice).unwrap_or_default();
+        let internal = all.iter().filter(|address| address["type"] == "InternalIP");
+        internal.filter_map(|address| address["address"].as_str()?.parse().ok()).collect()
+    }
 }
 
 impl kube::Resource for WireNode {

@@ -11,6 +11,7 @@ mod ipam;
 mod leases;
 pub(crate) mod netlink;
 mod node;
+pub mod overlay;
 mod plan;
 mod reconcile;
 
