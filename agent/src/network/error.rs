@@ -112,6 +112,39 @@ pub enum NetworkError {
         /// The range.
         range: IpNetwork,
     },
+    /// A host port of an attachment belongs to another one.
+    #[error(
+        "{id}: host port {port} is taken on {} by {owner}; give another hostPort or remove {owner}",
+        if ip.is_unspecified() { "every address".to_owned() } else { ip.to_string() }
+    )]
+    HostPortTaken {
+        /// The attachment that wants it.
+        id: String,
+        /// Such as `8080/tcp`.
+        port: String,
+        /// The address that both want, unspecified where the owner has it on all addresses.
+        ip: IpAddr,
+        /// The attachment that has it.
+        owner: String,
+    },
+    /// A port mapping that can't be.
+    #[error("{id}: port mapping {mapping}: {why}")]
+    PortMapping {
+        /// The attachment.
+        id: String,
+        /// The mapping, in words.
+        mapping: String,
+        /// What is wrong with it, and what to write instead.
+        why: String,
+    },
+    /// The kernel does not hold what an attachment needs.
+    #[error("{id}: {what} is missing in the kernel; the next reconciliation puts it back")]
+    Gone {
+        /// The attachment.
+        id: String,
+        /// What.
+        what: String,
+    },
     /// A task of ours died.
     #[error("the pod network's worker stopped")]
     Worker,

@@ -9,10 +9,12 @@ mod act;
 mod error;
 mod ipam;
 mod leases;
+pub(crate) mod nat;
 pub(crate) mod netlink;
 mod node;
 pub mod overlay;
 mod plan;
+mod ports;
 mod reconcile;
 
 use std::collections::BTreeSet;
@@ -24,9 +26,11 @@ use ipnetwork::IpNetwork;
 
 pub use error::NetworkError;
 pub use node::{NodeAddresses, node_addresses};
+pub use ports::{PortMapping, PortsOf, Protocol};
 
 use act::{NodeRows, Sides};
 use leases::{Lease, Leases, Netns, check_uid};
+use nat::Nat;
 use netlink::Connection;
 pub(crate) use netlink::{
     AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, attributes, has_clsact_filter,
@@ -34,6 +38,7 @@ pub(crate) use netlink::{
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;
 use plan::{Conflict, Want, is_node_link, node_link_name};
+use ports::Ports;
 use reconcile::{Decision, OurLink};
 
 /// Settings of the pod network.
@@ -94,6 +99,10 @@ struct Inner {
     turn: Mutex<()>,
     /// Signalled when a pod is no longer worked on.
     idle: Condvar,
+    /// Host ports and masquerading.
+    nat: Nat,
+    /// Host ports of the attachments.
+    ports: Ports,
 }
 
 #[derive(Debug)]
@@ -134,6 +143,12 @@ impl Network {
         blocking(move || inner.detach(&uid)).await
     }
 
+    /// Gives a connected pod these host ports and no others; its own port of each is that of its first addresses.
+    pub async fn set_ports(&self, uid: &str, mappings: &[PortMapping]) -> Result<(), NetworkError> {
+        let (inner, uid, mappings) = (Arc::clone(&self.inner), uid.to_owned(), mappings.to_vec());
+        blocking(move || inner.set_ports(&uid, &mappings)).await
+    }
+
     /// Removes links and leases of pods that are not in `live` and that this process has not connected itself, and
     /// puts back what is missing of those that are. Call it after a start, once it is known who lives, and then
     /// from time to time. Goes on past errors; they are in the report.
@@ -169,7 +184,10 @@ impl Inner {
         }
         let state =
             State { leases, busy: BTreeSet::new(), connected: BTreeSet::new(), facts: Facts::default() };
-        let inner = Inner { config, state: Mutex::new(state), turn: Mutex::new(()), idle: Condvar::new() };
+        let nat = Nat::default();
+        let ports = Ports::new(nat.clone());
+        let (turn, idle) = (Mutex::new(()), Condvar::new());
+        let inner = Inner { config, state: Mutex::new(state), turn, idle, nat, ports };
         for what in inner.prepare()? {
             tracing::info!(what, "set for routing pods");
         }
@@ -230,9 +248,18 @@ impl Inner {
         Ok(Attachment { ips: lease.ips, host_link: node_link_name(uid) })
     }
 
+    fn set_ports(&self, uid: &str, mappings: &[PortMapping]) -> Result<(), NetworkError> {
+        check_uid(uid)?;
+        let _working = self.begin(uid);
+        let ips = self.state().leases.get(uid).map(|lease| lease.ips.clone()).unwrap_or_default();
+        self.ports.set(&PortsOf { id: uid, host_link: &node_link_name(uid), ips: &ips, mappings })
+    }
+
     fn detach(&self, uid: &str) -> Result<(), NetworkError> {
         check_uid(uid)?;
         let _working = self.begin(uid);
+        // While the link is there, so that nobody who comes by a port meets another pod with the same address.
+        self.ports.clear(uid)?;
         // Whatever happens now: what is left is a leftover.
         self.state().connected.remove(uid);
         remove_link(&node_link_name(uid))?;
@@ -243,6 +270,9 @@ impl Inner {
     fn reconcile(&self, live: &BTreeSet<String>) -> Result<Report, NetworkError> {
         let mut report = Report::default();
         report.repaired.extend(self.prepare()?.into_iter().map(|what| format!("node: set {what}")));
+        if self.nat.repair()? {
+            report.repaired.push("node: the nftables table sheave-net".to_owned());
+        }
         let links = our_links()?;
         let (leases, kept) = {
             let state = self.state();

@@ -28,11 +28,15 @@ const GET_RULE: u8 = 7;
 const DEL_RULE: u8 = 8;
 const NEW_SET: u8 = 9;
 const NEW_ELEMENTS: u8 = 12;
+const GET_ELEMENTS: u8 = 13;
 const DEL_ELEMENTS: u8 = 14;
 const GET_GENERATION: u8 = 16;
 
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
+
+/// Most bytes of an element's note: as many as `nft` allows for a comment.
+pub(crate) const NOTE_BYTES_MAX: usize = 128;
 
 /// Bytes of elements in one message: attributes count their length in 16 bits.
 const ELEMENTS_BYTES_MAX: usize = 60_000;
@@ -188,6 +192,8 @@ pub(crate) struct Element<'a> {
 pub(crate) enum Value<'a> {
     /// Nothing: in sets, and where elements are deleted.
     None,
+    /// Nothing: in a set of ranges of one field the key is the first one after a range.
+    RangeEnd,
     /// Bytes.
     Bytes(&'a [u8]),
     /// A verdict.
@@ -347,15 +353,21 @@ impl<'a> Transaction<'a> {
 
     /// Puts an element in. One that is there already must be deleted before, in the same transaction.
     pub(crate) fn add_element(&mut self, set: &'static str, element: Element<'_>) {
-        self.element(NEW_ELEMENTS, set, element);
+        self.element(NEW_ELEMENTS, set, element, "");
+    }
+
+    /// The same with a note that `nft` shows as its comment and that is read back with it; at most
+    /// [`NOTE_BYTES_MAX`].
+    pub(crate) fn add_noted_element(&mut self, set: &'static str, element: Element<'_>, note: &str) {
+        self.element(NEW_ELEMENTS, set, element, note);
     }
 
     /// Takes an element out, which must be there.
     pub(crate) fn delete_element(&mut self, set: &'static str, element: Element<'_>) {
-        self.element(DEL_ELEMENTS, set, element);
+        self.element(DEL_ELEMENTS, set, element, "");
     }
 
-    fn element(&mut self, kind: u8, set: &'static str, element: Element<'_>) {
+    fn element(&mut self, kind: u8, set: &'static str, element: Element<'_>, note: &str) {
         self.elements += 1;
         let full = self.waiting.as_ref().is_some_and(|waiting| {
             waiting.kind != kind || waiting.set != set || waiting.elements.len() > ELEMENTS_BYTES_MAX
@@ -364,7 +376,7 @@ impl<'a> Transaction<'a> {
             self.flush();
         }
         let waiting = self.waiting.get_or_insert_with(|| Waiting { kind, set, elements: Writer::default() });
-        element.write(&mut waiting.elements);
+        element.write(&mut waiting.elements, note);
     }
 
     /// Makes a message of the elements that wait.
@@ -387,7 +399,7 @@ impl<'a> Transaction<'a> {
 }
 
 impl Element<'_> {
-    fn write(self, writer: &mut Writer) {
+    fn write(self, writer: &mut Writer, note: &str) {
         let at = writer.nest(1);
         data(writer, 1, self.key);
         if let Some(end) = self.end {
@@ -395,12 +407,21 @@ impl Element<'_> {
         }
         match self.value {
             Value::None => {}
+            // NFTA_SET_ELEM_FLAGS: NFT_SET_ELEM_INTERVAL_END
+            Value::RangeEnd => writer.put_u32(3, 1),
             Value::Bytes(bytes) => data(writer, 2, bytes),
             Value::Verdict(verdict) => {
                 let inner = writer.nest(2);
                 verdict.write(writer);
                 writer.end(inner);
             }
+        }
+        if !note.is_empty() && note.len() <= NOTE_BYTES_MAX {
+            // NFTA_SET_ELEM_USERDATA: kind 0 (a comment), length, text with its final zero, as nft writes them.
+            let mut bytes = vec![0, note.len() as u8 + 1];
+            bytes.extend_from_slice(note.as_bytes());
+            bytes.push(0);
+            writer.put(6, &bytes);
         }
         writer.end(at);
     }
@@ -442,6 +463,19 @@ pub(crate) struct RuleRow {
     pub(crate) target: Option<String>,
 }
 
+/// An element of a set or map as the kernel shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ElementRow {
+    /// Its key.
+    pub(crate) key: Vec<u8>,
+    /// What the map holds for it; empty in sets.
+    pub(crate) value: Vec<u8>,
+    /// It ends a range: [`Value::RangeEnd`].
+    pub(crate) range_end: bool,
+    /// Its note; empty where it has none.
+    pub(crate) note: String,
+}
+
 impl Netfilter {
     /// Number that changes with every change of the ruleset of this namespace.
     pub(crate) fn generation(&mut self) -> io::Result<u32> {
@@ -481,6 +515,34 @@ impl Netfilter {
         };
         self.dump(SUBSYSTEM, GET_RULE, family, |writer| writer.put_str(1, table), read)
     }
+
+    /// All elements of a set or map; none where there is no such set.
+    pub(crate) fn elements(&mut self, family: u8, table: &str, set: &str) -> io::Result<Vec<ElementRow>> {
+        let asked = |writer: &mut Writer| {
+            writer.put_str(1, table);
+            writer.put_str(2, set);
+        };
+        let read = |bytes: &[u8]| {
+            let list = attribute(bytes, 3)?;
+            Some(attributes(list).filter_map(|(_, element)| element_row(element)).collect::<Vec<_>>())
+        };
+        Ok(self.dump(SUBSYSTEM, GET_ELEMENTS, family, asked, read)?.into_iter().flatten().collect())
+    }
+}
+
+/// An element out of a list of them.
+fn element_row(bytes: &[u8]) -> Option<ElementRow> {
+    let value_of = |kind| Some(attribute(attribute(bytes, kind)?, 1)?.to_vec());
+    let note = |data: &[u8]| match data {
+        [0, length, text_bytes @ ..] => text_bytes.get(..usize::from(*length)).map(text),
+        _ => None,
+    };
+    Some(ElementRow {
+        key: value_of(1)?,
+        value: value_of(2).unwrap_or_default(),
+        range_end: attribute(bytes, 3).and_then(number).is_some_and(|flags| flags & 1 != 0),
+        note: attribute(bytes, 6).and_then(note).unwrap_or_default(),
+    })
 }
 
 /// The chain that the last `immediate` expression of these names.

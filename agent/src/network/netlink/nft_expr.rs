@@ -39,6 +39,8 @@ pub(crate) enum Dynamic {
 pub(crate) mod meta {
     /// Name of the device that a packet came in by.
     pub(crate) const IN_NAME: u32 = 6;
+    /// Name of the device that a packet goes out by.
+    pub(crate) const OUT_NAME: u32 = 7;
     /// `NFPROTO_…`.
     pub(crate) const NFPROTO: u32 = 15;
     /// Transport protocol.
