@@ -4,9 +4,12 @@
 use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 use sheave_agent::dataplane::Driver;
 use sheave_agent::service::{Event, Proto, ServiceExtras};
 use sheave_harness::{NetNs, isolated};
@@ -208,9 +211,16 @@ fn endpoint(name: &str, proto: Proto, at: SocketAddr, here: bool) -> Event {
 
 /// A UDP socket of `to`'s family that talks to `to` alone.
 fn connected(to: SocketAddr) -> UdpSocket {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind((any, 0)).expect("bind a client");
+    let socket = connected_from(0, to);
     socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket
+}
+
+/// The same from a port, that does not wait long.
+fn connected_from(port: u16, to: SocketAddr) -> UdpSocket {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, port)).expect("bind a client");
+    socket.set_read_timeout(Some(Duration::from_millis(500))).expect("set a timeout");
     socket.connect(to).expect("connect a client");
     socket
 }
@@ -448,5 +458,64 @@ fn service_packet_affinity_moved_datagrams_and_pods_that_come_later() {
         let heard = newcomer.run(|| ask(at(CLUSTER[0], 80))).expect("an answer");
         assert_eq!(heard, (POD[0].to_owned(), late[0].to_owned()));
         net.no_trouble();
+    });
+}
+
+/// A TCP connection from port `from`, that was used for an answer and is reset when it is closed.
+fn talk_from(from: u16, to: SocketAddr) -> std::io::Result<()> {
+    let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    socket::setsockopt(&socket, sockopt::Linger, &linger)?;
+    socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, from)))?;
+    // A connect is given up after this time, too.
+    let patience = TimeVal::seconds(PATIENCE.as_secs() as i64);
+    socket::setsockopt(&socket, sockopt::SendTimeout, &patience)?;
+    socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"well?")?;
+    stream.read_exact(&mut [0; 5])
+}
+
+#[test]
+fn service_packet_a_client_port_is_used_again_past_the_service() {
+    isolated(module_path!(), "service_packet_a_client_port_is_used_again_past_the_service", |cgroup| {
+        let net = Net::new(cgroup);
+        let driver = net.driver(9090);
+        for n in 0..2 {
+            // Through a service whose endpoint is here, and past it to the same endpoint, by turns and from one port.
+            let (through, past) = (at(NODE[n], LOCAL_PORT), at(POD[n], 9090));
+            for to in [through, past, through, through, past, past, through] {
+                net.client
+                    .run(|| talk_from(20_000, to))
+                    .unwrap_or_else(|e| panic!("{to} from the same port again: {e}"));
+            }
+            // A masqueraded connection has its client's port on this node; this node's own come after it.
+            let (through, past) = (at(NODE[n], REMOTE_PORT), at(REMOTE[n], 9090));
+            for round in 0..3 {
+                net.client.run(|| talk_from(20_001, through)).unwrap_or_else(|e| panic!("{through}: {e}"));
+                talk_from(20_001, past).unwrap_or_else(|e| panic!("{past} in round {round}: {e}"));
+            }
+            // Datagrams: an answer that comes as another's is not heard by a connected socket.
+            let (through, past) = (at(NODE[n], LOCAL_PORT), at(POD[n], 9090));
+            let mut from = None;
+            for to in [through, past, through] {
+                net.client.run(|| {
+                    let socket = connected_from(from.unwrap_or(0), to);
+                    from = Some(socket.local_addr().expect("an address").port());
+                    let end = Instant::now() + PATIENCE;
+                    while socket.send(b"well?").is_err() || socket.recv(&mut [0; 8]).is_err() {
+                        assert!(Instant::now() < end, "{to} from the same port again");
+                        // Until the flow of the last socket counts as at rest.
+                        std::thread::sleep(Duration::from_secs(2));
+                    }
+                });
+            }
+        }
+        net.no_trouble();
+        drop(driver);
     });
 }

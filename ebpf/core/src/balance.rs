@@ -178,6 +178,10 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
     if let Some(flow) = env.flow(&work.key) {
         work.flow = flow;
         work.now_s = env.now_s();
+        if flow::is_left(work) {
+            flow::end(env, work);
+            return if frontend(env, work, link) { Stage::Open } else { PASS };
+        }
         reply = flow.flags & flow_flag::REPLY != 0;
         let snat = flow.flags & flow_flag::SNAT != 0;
         if reply && !snat {
@@ -192,7 +196,16 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
             return if snat { travel(packet, env, work) } else { finish(packet, env, work) };
         }
     }
-    if !reply && frontend(env, work, link) { Stage::Open } else { PASS }
+    if reply {
+        return PASS;
+    }
+    if frontend(env, work, link) {
+        return Stage::Open;
+    }
+    if work.headers.proto != PROTO_TCP || work.headers.opens() {
+        flow::make_way(env, work);
+    }
+    PASS
 }
 
 /// A packet that leaves. Gives a backend's answer the address and port that the client asked.
@@ -208,6 +221,10 @@ pub fn egress<P: Packet, E: Table + Flows>(packet: &mut P, env: &E, work: &mut W
         None => return PASS,
     }
     work.now_s = env.now_s();
+    if flow::is_left(work) {
+        flow::end(env, work);
+        return PASS;
+    }
     if work.flow.flags & (flow_flag::REPLY | flow_flag::SNAT) != flow_flag::REPLY
         || flow::is_expired(&work.flow, work.headers.proto, work.now_s)
         || !flow::note(env, work)

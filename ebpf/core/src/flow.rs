@@ -89,6 +89,43 @@ pub fn keeps<E: Table>(env: &E, work: &Work) -> bool {
     }
 }
 
+/// Whether the packet begins a connection on the tuple of answers of one that has ended: a connection past every service,
+/// whose client uses the port again. A new connection through the service began with a packet of the client, which
+/// opened the flow anew.
+#[inline(always)]
+pub const fn is_left(work: &Work) -> bool {
+    work.flow.flags & flow_flag::REPLY != 0 && work.headers.is_syn() && is_closing(work.flow.flags)
+}
+
+/// Removes both entries of a connection.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub fn end<E: Flows>(env: &E, work: &mut Work) {
+    forget_other(env, work);
+    env.remove(&work.key);
+}
+
+/// Sees to it that nobody translates the answers to a packet that goes past every service: its client may have used the
+/// port through one before. A flow of datagrams that was just in use is left alone: the packet may be one of its own that
+/// was translated at a device below this one.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub fn make_way<E: Flows>(env: &E, work: &mut Work) {
+    let key = &work.key;
+    work.key = FlowKey { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, ..*key };
+    let Some(flow) = env.flow(&work.key) else { return };
+    if flow.flags & (flow_flag::REPLY | flow_flag::SNAT) != flow_flag::REPLY {
+        return;
+    }
+    let over = if work.key.proto == PROTO_TCP {
+        is_closing(flow.flags)
+    } else {
+        env.now_s().saturating_sub(flow.seen_s) > 1
+    };
+    if over {
+        work.flow = flow;
+        end(env, work);
+    }
+}
+
 /// Notes a packet of the flow, at most once a second unless the connection's state changes, and then in both entries.
 /// False when the other entry's place belongs to another connection.
 #[cfg_attr(target_arch = "bpf", inline(never))]

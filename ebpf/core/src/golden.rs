@@ -678,6 +678,33 @@ fn endings(p: &Place) -> Vec<Step> {
     steps.push(pass("fin", Ingress, there(FIN_ACK), dnat(FIN_ACK)));
     let fin = |frame| Frame { l4: L4::Tcp(FIN_ACK), ..turn(frame) };
     steps.push(pass("fin", Egress, fin(dnat(ACK)), fin(there(ACK))));
+    let ended = |steps: &mut Vec<Step>| {
+        steps.push(pass("fin", Ingress, there(FIN_ACK), dnat(FIN_ACK)));
+        steps.push(pass("fin", Egress, fin(dnat(ACK)), fin(there(ACK))));
+    };
     steps.push(pass("anew after the end", Ingress, there(SYN), dnat(SYN)));
+    steps.push(pass("anew after the end", Egress, turn(dnat(SYN)), turn(there(SYN))));
+    // The client's port again, past the service: the way there may be another one, or seen.
+    ended(&mut steps);
+    steps.push(pass("past the service after the end", Egress, turn(dnat(SYN)), turn(dnat(SYN))));
+    steps.push(pass("the flow has ended", Egress, turn(dnat(ACK)), turn(dnat(ACK))));
+    steps.push(pass("and anew", Ingress, there(SYN), dnat(SYN)));
+    steps.push(pass("and anew", Egress, turn(dnat(SYN)), turn(there(SYN))));
+    ended(&mut steps);
+    steps.push(pass("past the service after the end", Ingress, dnat(SYN), dnat(SYN)));
+    let refused = |frame| Frame { l4: L4::Tcp(RST | ACK), ..frame };
+    steps.push(pass("refused past the service", Egress, refused(turn(dnat(SYN))), refused(turn(dnat(SYN)))));
+    steps.push(pass("and anew", Ingress, there(SYN), dnat(SYN)));
+    steps.push(pass("past the service meanwhile", Ingress, dnat(SYN), dnat(SYN)));
+    steps.push(pass("a connection that has not ended", Egress, turn(dnat(SYN)), turn(there(SYN))));
+    // This node itself uses the port that a masqueraded connection had.
+    let there = |flags| Frame::new((p.client, 40_010), (p.node, PORT_REMOTE), L4::Tcp(flags));
+    let nat = |flags| Frame::new((p.node, 40_010), (p.remote, PORT_POD), L4::Tcp(flags));
+    steps.push(redirect("fin", Ingress, there(FIN_ACK), nat(FIN_ACK)));
+    steps.push(redirect("fin", Ingress, fin(nat(ACK)), fin(there(ACK))));
+    steps.push(pass("this node's own after the end", Ingress, turn(nat(SYN)), turn(nat(SYN))));
+    steps.push(pass("the flow has ended", Ingress, turn(nat(ACK)), turn(nat(ACK))));
+    steps.push(redirect("and anew", Ingress, there(SYN), nat(SYN)));
+    steps.push(redirect("and anew", Ingress, turn(nat(SYN)), turn(there(SYN))));
     steps
 }

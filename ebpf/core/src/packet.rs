@@ -74,6 +74,12 @@ impl Headers {
         self.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN
     }
 
+    /// Whether the packet is the first one of its direction.
+    #[inline(always)]
+    pub const fn is_syn(&self) -> bool {
+        self.tcp_flags & TCP_SYN != 0
+    }
+
     /// Whether the packet is the last one of its direction.
     #[inline(always)]
     pub const fn is_fin(&self) -> bool {

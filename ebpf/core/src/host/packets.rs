@@ -361,6 +361,25 @@ fn timeouts_follow_the_state_of_the_connection() {
 }
 
 #[test]
+fn datagrams_past_the_service_end_a_flow_that_rests() {
+    let kernel = golden_kernel();
+    let (client, node, pod) = ((V4.client, 7), (V4.node, golden::PORT_LOCAL), (V4.pod, golden::PORT_POD));
+    let answer =
+        |kernel: &Kernel| tuple(&run(kernel, Hook::Egress, &Frame::new(pod, client, L4::Udp).bytes())).0;
+    let (of_node, of_pod) = ((address(V4.node), node.1), (address(V4.pod), pod.1));
+    send(&kernel, client, node, L4::Udp);
+    // Translated at a device below, or meant so.
+    send(&kernel, client, pod, L4::Udp);
+    assert_eq!(answer(&kernel), of_node);
+    kernel.now_s.set(2);
+    send(&kernel, client, pod, L4::Udp);
+    assert_eq!(answer(&kernel), of_pod);
+    assert!(kernel.flows.borrow().is_empty());
+    send(&kernel, client, node, L4::Udp);
+    assert_eq!(answer(&kernel), of_node);
+}
+
+#[test]
 fn everything_is_masqueraded_when_told() {
     let kernel = golden_kernel();
     kernel.config_flags.set(config_flag::MASQUERADE_ALL);
