@@ -2,6 +2,13 @@
 //! `runtime_` or `kernel_` also runs on the kernels of ring vm; what is named `ipvs_` runs only there.
 
 mod bad_input;
+mod cni_attach;
+mod cni_bed;
+mod cni_care;
+mod cni_conformance;
+mod cni_extras;
+mod cni_fake;
+mod cni_protocol;
 mod control_disk_full;
 mod image_archive;
 mod image_hostile;

@@ -23,6 +23,7 @@ pub(crate) struct Args {
 pub(crate) fn main(verb: &str, args: &Args) -> Result<()> {
     setup::ensure(&[setup::Group::Build, setup::Group::Test, setup::Group::Bench], args.yes)?;
     let sheave = build::program("sheave", "sheave", false)?;
+    build::plugin(false)?;
     let bench = build::program("sheave-bench", "sheave-bench", false)?;
     proc::run(Command::new(bench).arg(verb).args(&args.rest).env(PROGRAM, sheave))
 }

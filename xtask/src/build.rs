@@ -1,4 +1,4 @@
-//! The shipped program: static, so that it runs on any host's libc, and stripped.
+//! The shipped programs: static, so that they run on any host's libc, and stripped.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -27,10 +27,16 @@ pub(crate) struct Args {
 
 pub(crate) fn main(args: &Args) -> Result<()> {
     setup::ensure(&[setup::Group::Build], args.yes)?;
-    let path = program("sheave", "sheave", args.debug)?;
-    let size = path.metadata().with_context(|| format!("look at {}", path.display()))?.len();
-    println!("{} ({:.1} MB)", path.display(), size as f64 / 1e6);
+    for path in [program("sheave", "sheave", args.debug)?, plugin(args.debug)?] {
+        let size = path.metadata().with_context(|| format!("look at {}", path.display()))?.len();
+        println!("{} ({:.1} MB)", path.display(), size as f64 / 1e6);
+    }
     Ok(())
+}
+
+/// Builds the network plugin, which lies beside the program.
+pub(crate) fn plugin(debug: bool) -> Result<PathBuf> {
+    program("sheave-cni", "sheave-cni", debug)
 }
 
 /// Builds program `bin` of `package` statically and returns its path.

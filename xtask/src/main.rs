@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod ci;
+mod conformance;
 mod demo;
 mod image;
 mod proc;
@@ -31,10 +32,12 @@ enum Verb {
     Demo(demo::Args),
     /// Install what is missing to build, test and measure, after saying what and why
     Setup(setup::Args),
-    /// Build the `sheave` program: release, static, stripped
+    /// Build the programs `sheave` and `sheave-cni`: release, static, stripped
     Build(build::Args),
     /// Run the test rings: host, prog, netns, vm
     Test(test::Args),
+    /// Run the plugin through the cases of the container network interface and write docs/cni-conformance.md
+    Conformance(conformance::Args),
     /// Check the laws of the tree that no compiler knows
     Tidy,
     /// Make the OCI archives that the examples and suites run
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Verb::Setup(args) => setup::main(&args),
         Verb::Build(args) => build::main(&args),
         Verb::Test(args) => test::main(&args),
+        Verb::Conformance(args) => conformance::main(&args),
         Verb::Tidy => tidy::main(),
         Verb::Image(args) => image::main(&args),
         Verb::Bench(args) => bench::main("bench", &args),

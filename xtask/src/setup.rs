@@ -77,6 +77,11 @@ const PACKAGES: &[Packages] = &[
         why: "a runtime whose containers ours are compared with",
         names: &["runc"],
     },
+    Packages {
+        groups: &[Group::Test, Group::Bench],
+        why: "the reference network plugins, which ours is compared and chained with",
+        names: &["containernetworking-plugins"],
+    },
 ];
 
 /// To build bpf-linker; asked for only while it is missing.
