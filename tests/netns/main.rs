@@ -20,6 +20,7 @@ mod kernel_basics;
 mod kubectl;
 mod load_services;
 mod network_pods;
+mod network_ports;
 mod network_repair;
 mod pod_bed;
 mod pod_life;

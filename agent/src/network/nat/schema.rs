@@ -110,6 +110,16 @@ impl Names {
         let exact = exact.mapped(self.ports, Reg(0), Reg(8));
         tx.add_rule(self.translate, &exact.translate(self.family, Reg(8), self.after(Reg(8))));
         let any = Rule::new().address_kind(false, Reg(0)).compare(Reg(0), Is::Equal, &LOCAL.to_ne_bytes());
+        let any = if self.v4 {
+            any
+        } else {
+            // What comes from `::1` gets no further than the node: a refusal is better than silence.
+            any.network(self.target_at, self.bytes, Reg(0)).compare(
+                Reg(0),
+                Is::Other,
+                &std::net::Ipv6Addr::LOCALHOST.octets(),
+            )
+        };
         let any = any.meta(meta::L4PROTO, Reg(0)).transport(2, 2, Reg(1));
         let any = any.mapped(self.any_ports, Reg(0), Reg(8));
         tx.add_rule(self.translate, &any.translate(self.family, Reg(8), self.after(Reg(8))));
@@ -125,15 +135,12 @@ impl Names {
         let self_talk = ours().network(self.source_at, self.bytes, Reg(0));
         let self_talk = self_talk.network(self.target_at, self.bytes, self.after(Reg(0)));
         tx.add_rule("postrouting", &self_talk.contained(self.hairpins, Reg(0), true).masquerade());
-        let to_pod =
-            ours().meta(meta::OUT_NAME, Reg(0)).compare(Reg(0), Is::Equal, NODE_LINK_PREFIX.as_bytes());
-        let loopback = if self.v4 {
-            to_pod.network(self.source_at, 1, Reg(0)).compare(Reg(0), Is::Equal, &[127])
-        } else {
-            let own = std::net::Ipv6Addr::LOCALHOST.octets();
-            to_pod.network(self.source_at, self.bytes, Reg(0)).compare(Reg(0), Is::Equal, &own)
-        };
-        tx.add_rule("postrouting", &loopback.masquerade());
+        if self.v4 {
+            let to_pod = ours().meta(meta::OUT_NAME, Reg(0));
+            let to_pod = to_pod.compare(Reg(0), Is::Equal, NODE_LINK_PREFIX.as_bytes());
+            let loopback = to_pod.network(self.source_at, 1, Reg(0)).compare(Reg(0), Is::Equal, &[127]);
+            tx.add_rule("postrouting", &loopback.masquerade());
+        }
         let leaving = self.matching().network(self.source_at, self.bytes, Reg(0));
         let leaving = leaving.contained(self.from, Reg(0), true);
         let leaving = leaving.network(self.target_at, self.bytes, Reg(0));
