@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use sheave_agent::network::{Attachment, Network, NetworkError, PortMapping, Protocol};
 use sheave_harness::netns::checked;
-use sheave_harness::{NetNs, require_root, wait_for};
+use sheave_harness::{NetNs, http, node, require_root, wait_for};
 
 use crate::network_pods::{Node, pod};
+use crate::pod_bed;
 
 /// Far more than a connect takes here; of a port that leads nowhere a refusal comes at once.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -298,4 +299,56 @@ fn what_somebody_flushed_is_put_back() {
     wait_for("the other port", || if bed.table().contains("8081") { Ok(()) } else { Err(bed.table()) });
     server.tcp_from(&bed.node.outside, address("192.0.2.1:8081"));
     assert!(refused(&bed.node.outside, at));
+}
+
+const WEB: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: web}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: c
+    image: localhost/echo:1
+    ports: [{containerPort: 8080, hostPort: 8888}]
+"#;
+
+/// The whole agent, whose own balancing is attached to the same uplink.
+#[test]
+fn a_pods_host_ports_come_and_go_with_it() {
+    if !require_root() {
+        return;
+    }
+    let mut bed = pod_bed::Bed::new(&[]);
+    bed.apply(WEB);
+    bed.wait_ready("web");
+    let at =
+        [node::NODE_IP4, node::NODE_IP6].map(|ip| SocketAddr::new(ip.parse().expect("an address"), 8888));
+    let all = |bed: &pod_bed::Bed| {
+        for at in at {
+            for from in [&bed.node.outside, &bed.node.netns] {
+                let (status, body) = http::get_in(from, at, "/").unwrap_or_else(|e| panic!("{at}: {e}"));
+                assert_eq!((status, body.contains("web")), (200, true), "{at}: {body}");
+            }
+        }
+    };
+    all(&bed);
+    // Past the scheduler, which would not choose a node whose port is taken.
+    bed.apply(&WEB.replace("name: web", "name: second").replace("spec:", "spec:\n  nodeName: node-1"));
+    let second = |bed: &pod_bed::Bed| bed.node.kubectl(&["describe", "pod", "second"]);
+    wait_for("the second pod to be told", || {
+        let told = second(&bed);
+        if told.contains("8888/tcp is taken") { Ok(()) } else { Err(told) }
+    });
+    bed.node.kill9();
+    all(&bed);
+    bed.node.restart();
+    bed.node.wait_ready();
+    all(&bed);
+    // Whoever waits for the port gets it.
+    bed.node.kubectl(&["delete", "pod", "web"]);
+    bed.wait_ready("second");
+    bed.node.kubectl(&["delete", "pod", "second"]);
+    let tables = checked(bed.node.netns.command("nft").args(["list", "tables"]));
+    assert!(!tables.contains("sheave-net"), "{tables}");
 }

@@ -310,6 +310,9 @@ impl Inner {
             }
             Decision::Release { uid } => {
                 let _working = self.begin(uid);
+                if !self.state().connected.contains(uid) {
+                    self.ports.clear(uid)?;
+                }
                 let mut state = self.state();
                 if !state.connected.contains(uid) && state.leases.release(uid)? {
                     report.removed.push(format!("lease of pod {uid}"));

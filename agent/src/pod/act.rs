@@ -113,6 +113,8 @@ impl Means {
         let record = self.runtime.pod(&pod.uid).await.ok_or("its sandbox is gone")?;
         let netns = PathBuf::from(format!("/proc/{}/ns/net", record.init_pid));
         let attachment = self.network.attach(&pod.uid, &netns).await.map_err(|e| chain(&e))?;
+        let ports = spec::host_ports(pod)?;
+        self.network.set_ports(&pod.uid, &ports).await.map_err(|e| chain(&e))?;
         self.runtime.set_pod_ips(&pod.uid, &attachment.ips).await.map_err(|e| chain(&e))?;
         Ok(attachment.ips)
     }

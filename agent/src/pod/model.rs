@@ -277,6 +277,10 @@ pub struct ContainerPort {
     pub name: String,
     pub container_port: i32,
     pub host_port: i32,
+    #[serde(rename = "hostIP", skip_serializing_if = "String::is_empty")]
+    pub host_ip: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub protocol: String,
 }
 
 /// One variable: a value, or where to take it from.

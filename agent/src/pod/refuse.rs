@@ -44,9 +44,6 @@ pub fn check(spec: &PodSpec) -> Option<Refusal> {
                 return Some(refusal("FailedMount", of("mountPropagation: Bidirectional".to_owned())));
             }
         }
-        if !spec.host_network && container.ports.iter().any(|port| port.host_port != 0) {
-            return Some(refusal("FailedCreatePodSandBox", of("hostPort".to_owned())));
-        }
         let seccomp = [&container.security_context.seccomp_profile, &spec.security_context.seccomp_profile];
         if seccomp.iter().any(|p| p.as_ref().is_some_and(|p| p.kind == "Localhost")) {
             return Some(refusal("FailedCreatePodSandBox", of("a Localhost seccompProfile".to_owned())));
@@ -79,14 +76,7 @@ mod tests {
             says(r#"{"volumes":[{"name":"d","downwardAPI":{"items":[]}}]}"#).as_deref(),
             Some("volume \"d\": volume type not supported yet: downwardAPI")
         );
-        assert!(
-            says(r#"{"containers":[{"name":"a","ports":[{"containerPort":1,"hostPort":1}]}]}"#)
-                .is_some_and(|m| m.contains("hostPort"))
-        );
-        assert_eq!(
-            says(r#"{"hostNetwork":true,"containers":[{"name":"a","ports":[{"hostPort":1}]}]}"#),
-            None
-        );
+        assert_eq!(says(r#"{"containers":[{"name":"a","ports":[{"containerPort":1,"hostPort":1}]}]}"#), None);
         assert!(
             says(r#"{"containers":[{"name":"a","volumeMounts":[{"name":"x"}]}]}"#)
                 .is_some_and(|m| m.contains("no volume"))

@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use super::env;
-use super::model::{Container, DnsPolicy, MountPropagation, Pod, VolumeSource};
+use super::model::{Container, DnsPolicy, MountPropagation, Pod, RestartPolicy, VolumeSource};
 use super::resources::{self, Allocatable, Amounts, QosClass};
+use crate::network::PortMapping;
 use crate::runtime::{
     ContainerSpec, Dns, ImageRef, Mount, Propagation, Qos, Resources, SandboxSpec, Seccomp,
 };
@@ -28,6 +29,37 @@ pub struct NodeSettings {
     pub cluster_domain: String,
     /// The node's own resolver settings.
     pub resolver: Dns,
+}
+
+/// The node's ports that lead to the pod, from its containers and sidecars; on the host's network there are none.
+pub fn host_ports(pod: &Pod) -> Result<Vec<PortMapping>, String> {
+    let sidecars =
+        pod.spec.init_containers.iter().filter(|c| c.restart_policy == Some(RestartPolicy::Always));
+    let mut found = Vec::new();
+    for container in sidecars.chain(&pod.spec.containers) {
+        for port in container.ports.iter().filter(|port| port.host_port != 0 && !pod.spec.host_network) {
+            let wrong = |field: &str, what: &dyn std::fmt::Display| {
+                format!("container {}: ports: {field} {what}", container.name)
+            };
+            let number = |field, value: i32| {
+                u16::try_from(value)
+                    .map_err(|_| wrong(field, &format_args!("{value} is not from 1 to 65535")))
+            };
+            let host_ip = match port.host_ip.as_str() {
+                "" => None,
+                text => {
+                    Some(text.parse().map_err(|_| wrong("hostIP", &format_args!("{text:?} is no address")))?)
+                }
+            };
+            found.push(PortMapping {
+                host_port: number("hostPort", port.host_port)?,
+                container_port: number("containerPort", port.container_port)?,
+                protocol: port.protocol.parse().map_err(|error: String| wrong("protocol", &error))?,
+                host_ip,
+            });
+        }
+    }
+    Ok(found)
 }
 
 /// What `start_sandbox` is told.
@@ -267,6 +299,25 @@ mod tests {
         let more = of(r#"{"dnsConfig":{"options":[{"name":"ndots","value":"2"}],"searches":["x"]}}"#);
         assert_eq!(more.options, ["ndots:2"]);
         assert_eq!(more.searches.last().map(String::as_str), Some("x"));
+    }
+
+    #[test]
+    fn host_ports_are_those_of_containers_that_run() {
+        let ports = |json: &str| host_ports(&pod(json));
+        let found = ports(
+            r#"{"spec":{"initContainers":[{"name":"i","ports":[{"containerPort":1,"hostPort":1}]},
+            {"name":"s","restartPolicy":"Always","ports":[{"containerPort":2,"hostPort":3,"protocol":"UDP"}]}],
+            "containers":[{"name":"c","ports":[{"containerPort":80},
+            {"containerPort":81,"hostPort":8081,"hostIP":"192.0.2.1","protocol":"TCP"}]}]}}"#,
+        )
+        .expect("host ports");
+        let words: Vec<_> =
+            found.iter().map(|p| (p.host_port, p.container_port, p.host_ip.is_some())).collect();
+        assert_eq!(words, [(3, 2, false), (8081, 81, true)]);
+        let on_host = ports(r#"{"spec":{"hostNetwork":true,"containers":[{"ports":[{"hostPort":80}]}]}}"#);
+        assert_eq!(on_host, Ok(vec![]));
+        let bad = r#"{"spec":{"containers":[{"name":"c","ports":[{"hostPort":80,"containerPort":80,"hostIP":"x"}]}]}}"#;
+        assert_eq!(ports(bad).expect_err("refused"), "container c: ports: hostIP \"x\" is no address");
     }
 
     #[test]
