@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use cluster::{Client, events, lease, node, pods};
 use dataplane::{DataplaneConfig, StatsHandle};
+use network::cni::{CniSettings, Door};
 use network::overlay::PeersFile;
 use network::{Network, NetworkConfig};
 use pod::act::Means;
@@ -143,7 +144,10 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         if !find_ranges(&mut config, client, &shutdown).await? {
             return Ok(());
         }
-        network = Some(open_network(&config).await?);
+        let open = open_network(&config).await?;
+        let door = Door::open(open.clone(), CniSettings::below(&config.run_dir, &config.state_dir)).await?;
+        spawn(&mut tasks, "CNI server", door.serve(shutdown.clone()), &shutdown);
+        network = Some(open);
     }
     if let (Some((client, credentials)), Some(network), true) = (&api, &network, config.does(Component::Pods))
     {

@@ -197,3 +197,14 @@ pub const PROXY_LISTEN_RETRY_S: u64 = 2;
 pub const MAP_PRESSURE_WARN_PERCENT: u64 = 90;
 /// Distinct times of changes that are remembered within one round, for the programming latency.
 pub const TRIGGERS_A_ROUND_MAX: usize = 4096;
+
+/// Calls of the plugin that are served at once; more wait in the socket's queue.
+pub const CNI_CALLS_IN_FLIGHT_MAX: usize = 64;
+/// How long the plugin may take to say what it wants, and to take the answer.
+pub const CNI_RECEIVE_TIMEOUT_MS: u64 = 5_000;
+/// Pause after a connection could not be accepted.
+pub const CNI_ACCEPT_PAUSE_MS: u64 = 20;
+/// How often what runtimes connected is looked after.
+pub const CNI_RECONCILE_PERIOD_S: u64 = 30;
+/// How long the spool's lock is waited for; a plugin holds it for milliseconds.
+pub const CNI_SPOOL_LOCK_TIMEOUT_MS: u64 = 5_000;

@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, setns};
 use super::error::NetworkError;
 use super::netlink::{Connection, LinkChange, Neighbour, Route, VethPair};
 use super::node::{read_sysctl, write_sysctl};
-use super::plan::{Act, Observed, POD_LINK, Side, Step, Want, node_link_name, sysctls};
+use super::plan::{Act, Observed, Side, Step, Want, node_link_name, sysctls};
 use crate::limits;
 
 /// Pause between two looks at what the kernel is about to do.
@@ -97,12 +97,12 @@ impl Hands {
                 self.links.clear();
                 self.connection.delete_link(name).map(drop)
             }
-            Act::CreatePair { name, mac, peer_mac, mtu } => {
+            Act::CreatePair { name, mac, peer_name, peer_mac, mtu } => {
                 let peer = peer.ok_or_else(|| io::Error::other("no namespace for the other end"))?;
                 self.connection.create_veth(&VethPair {
                     name,
                     mac: *mac,
-                    peer_name: POD_LINK,
+                    peer_name,
                     peer_mac: *peer_mac,
                     peer_netns: peer.as_fd(),
                     mtu: *mtu,
@@ -208,20 +208,42 @@ impl Sides {
         want: &Want,
         rows: Option<&NodeRows>,
     ) -> io::Result<(Observed, Observed)> {
-        let ips = want.ips.clone();
-        let pod = self.inside(move |hands| hands.observe(POD_LINK, &ips, None))?;
-        let node = self.node.observe(&node_link_name(&want.uid), &want.ips, rows)?;
+        let (ips, ifname) = (want.ips.clone(), want.ifname.clone());
+        let pod = self.inside(move |hands| hands.observe(&ifname, &ips, None))?;
+        let node = self.node.observe(&node_link_name(&want.key), &want.ips, rows)?;
         Ok((node, pod))
     }
 
-    /// Carries out one step.
-    pub(super) fn apply(&mut self, step: &Step) -> io::Result<()> {
-        match step.side {
-            Side::Node => self.node.act(&step.act, Some(&self.netns)),
-            Side::Pod => {
-                let act = step.act.clone();
-                self.inside(move |hands| hands.act(&act, None))
+    /// Carries out steps in their order; an error comes with the step that failed.
+    pub(super) fn apply(&mut self, steps: &[Step]) -> Result<(), (Step, io::Error)> {
+        for run in steps.chunk_by(|one, next| one.side == next.side) {
+            match run[0].side {
+                Side::Node => {
+                    for step in run {
+                        let done = self.node.act(&step.act, Some(&self.netns));
+                        done.map_err(|error| (step.clone(), error))?;
+                    }
+                }
+                Side::Pod => self.apply_inside(run)?,
             }
+        }
+        Ok(())
+    }
+
+    /// In one go: handing steps over one by one costs more than most of them do.
+    fn apply_inside(&self, run: &[Step]) -> Result<(), (Step, io::Error)> {
+        let steps = run.to_vec();
+        let done = self.inside(move |hands| {
+            let failed = steps.into_iter().find_map(|step| {
+                let error = hands.act(&step.act, None).err()?;
+                Some((step, error))
+            });
+            Ok(failed)
+        });
+        match done {
+            Ok(None) => Ok(()),
+            Ok(Some(failed)) => Err(failed),
+            Err(error) => Err((run[0].clone(), error)),
         }
     }
 }

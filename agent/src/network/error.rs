@@ -55,6 +55,30 @@ pub enum NetworkError {
         /// Of them not given again yet; the next try may succeed.
         quarantined: usize,
     },
+    /// An address that was asked for is somebody's.
+    #[error("pod {uid}: the address {ip} that it asks for belongs to {holder}")]
+    AddressTaken {
+        /// Who asks.
+        uid: String,
+        /// For what.
+        ip: IpAddr,
+        /// Who has it.
+        holder: String,
+    },
+    /// An address that was asked for is in none of the ranges.
+    #[error("pod {uid}: the address {ip} that it asks for is none that this node's ranges have for pods")]
+    AddressOutside {
+        /// Who asks.
+        uid: String,
+        /// For what.
+        ip: IpAddr,
+    },
+    /// The attachment is there already.
+    #[error("{key} is connected already; disconnect it first")]
+    Connected {
+        /// The attachment.
+        key: String,
+    },
     /// The configuration has no range that this node can use.
     #[error("no usable pod range: give --pod-cidr one of a family that the kernel has")]
     NoRange,
@@ -71,13 +95,15 @@ pub enum NetworkError {
         /// Why not.
         source: io::Error,
     },
-    /// The namespace has an `eth0` already.
+    /// The namespace has a link of that name already.
     #[error(
-        "pod {uid}: its network namespace has an eth0 that is not ours; remove what else connects this pod"
+        "pod {uid}: its network namespace has an {ifname} that is not ours; remove what else connects this pod"
     )]
     PodLinkTaken {
         /// The pod.
         uid: String,
+        /// The link.
+        ifname: String,
     },
     /// The node has a link of that name already.
     #[error("pod {uid}: the node has a link {link} that is not this pod's; remove it (ip link del {link})")]

@@ -5,6 +5,42 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::IpNetwork;
 
+/// A part of a network that addresses are taken from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Pool {
+    /// The network.
+    pub(super) net: IpNetwork,
+    /// The first and the last address that may be given.
+    pub(super) bounds: (IpAddr, IpAddr),
+}
+
+impl Pool {
+    /// The whole network but for its special addresses.
+    pub(super) fn whole(net: IpNetwork) -> Self {
+        Pool { net, bounds: bounds(&net) }
+    }
+
+    /// From `start` to `end`, where given, of what [`Pool::whole`] has. The other way round is nothing to choose from.
+    pub(super) fn part(net: IpNetwork, start: Option<IpAddr>, end: Option<IpAddr>) -> Self {
+        let (low, high) = bounds(&net);
+        let own = |ip: &IpAddr| ip.is_ipv4() == net.is_ipv4();
+        let first = start.filter(own).map_or(low, |start| start.max(low));
+        let last = end.filter(own).map_or(high, |end| end.min(high));
+        Pool { net, bounds: (first, last) }
+    }
+
+    /// True where it may give `ip`.
+    pub(super) fn has(&self, ip: IpAddr) -> bool {
+        ip.is_ipv4() == self.net.is_ipv4() && (self.bounds.0..=self.bounds.1).contains(&ip)
+    }
+
+    /// How many addresses it may give.
+    pub(super) fn capacity(&self) -> u128 {
+        let (first, last) = (number(self.bounds.0), number(self.bounds.1));
+        if first > last { 0 } else { (last - first).saturating_add(1) }
+    }
+}
+
 /// The addresses of `range` that pods may get, as first and last. Ranges of one or two addresses are used whole;
 /// others keep the first (the network, or IPv6's subnet-router anycast), the second (for a gateway) and, in IPv4,
 /// the last (broadcast).
@@ -19,20 +55,12 @@ pub(super) fn bounds(range: &IpNetwork) -> (IpAddr, IpAddr) {
     (address(first, v4), address(last, v4))
 }
 
-/// How many addresses of `range` pods may get.
-pub(super) fn capacity(range: &IpNetwork) -> u128 {
-    let (first, last) = bounds(range);
-    (number(last) - number(first)).saturating_add(1)
-}
-
-/// The next address of `range` after `after` that is not `taken`, going round once.
-pub(super) fn choose(
-    range: &IpNetwork,
-    after: Option<IpAddr>,
-    taken: impl Fn(IpAddr) -> bool,
-) -> Option<IpAddr> {
-    let (low, high) = bounds(range);
-    let (first, last, v4) = (number(low), number(high), range.is_ipv4());
+/// The next address of `pool` after `after` that is not `taken`, going round once.
+pub(super) fn choose(pool: &Pool, after: Option<IpAddr>, taken: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
+    let (first, last, v4) = (number(pool.bounds.0), number(pool.bounds.1), pool.net.is_ipv4());
+    if first > last {
+        return None;
+    }
     let start = match after {
         Some(after) if after.is_ipv4() == v4 && (first..last).contains(&number(after)) => number(after) + 1,
         _ => first,
@@ -64,6 +92,14 @@ mod tests {
         text.parse().unwrap()
     }
 
+    fn capacity(range: &IpNetwork) -> u128 {
+        Pool::whole(*range).capacity()
+    }
+
+    fn choose(range: &IpNetwork, after: Option<IpAddr>, taken: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
+        super::choose(&Pool::whole(*range), after, taken)
+    }
+
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
     }
@@ -92,6 +128,18 @@ mod tests {
         assert_eq!(choose(&net, Some(ip("10.9.9.9")), free), Some(ip("10.0.0.2")));
         assert_eq!(choose(&net, Some(ip("fd00::1")), free), Some(ip("10.0.0.2")));
         assert_eq!(choose(&net, None, |_| true), None);
+    }
+
+    #[test]
+    fn parts_of_networks_have_bounds() {
+        let part = |start, end| Pool::part(range("10.0.0.0/24"), start, end);
+        let pool = part(Some(ip("10.0.0.10")), Some(ip("10.0.0.12")));
+        assert_eq!(pool.capacity(), 3);
+        assert!(pool.has(ip("10.0.0.12")) && !pool.has(ip("10.0.0.13")) && !pool.has(ip("fd00::1")));
+        assert_eq!(super::choose(&pool, Some(ip("10.0.0.12")), |_| false), Some(ip("10.0.0.10")));
+        assert_eq!(part(Some(ip("10.0.0.0")), Some(ip("10.0.0.255"))), Pool::whole(range("10.0.0.0/24")));
+        let none = part(Some(ip("10.0.0.9")), Some(ip("10.0.0.8")));
+        assert_eq!((none.capacity(), super::choose(&none, None, |_| false)), (0, None));
     }
 
     fn any_range() -> impl Strategy<Value = IpNetwork> {

@@ -1,4 +1,4 @@
-//! Leases on disk, a file a pod. Invariant: a lease that this room hands out is in its directory, whole, before the
+//! Leases on disk, a file an attachment. Invariant: a lease that this room hands out is in its directory, whole, before the
 //! caller sees it; two leases never share an address.
 //!
 //! Files are renamed into place but not flushed: pods do not outlive the machine they run on, so a lease matters for
@@ -15,9 +15,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use super::asked::{Asked, Demand};
 use super::error::NetworkError;
-use super::ipam;
+use super::ipam::{self, Pool};
+use super::plan::is_cni;
 use crate::limits;
 
 /// Longest uid, bytes.
@@ -35,19 +38,28 @@ impl Netns {
     /// Opens the namespace at `path`.
     pub(super) fn open(path: &Path) -> io::Result<(Netns, fs::File)> {
         let file = fs::File::open(path)?;
+        Ok((Netns::of(&file, path)?, file))
+    }
+
+    /// The open namespace, which others know by `path`.
+    pub(super) fn of(file: &fs::File, path: &Path) -> io::Result<Netns> {
         let meta = file.metadata()?;
-        Ok((Netns { path: path.to_owned(), device: meta.dev(), inode: meta.ino() }, file))
+        Ok(Netns { path: path.to_owned(), device: meta.dev(), inode: meta.ino() })
     }
 }
 
-/// The addresses of a pod.
+/// The addresses of a pod or of what a runtime connected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Lease {
+    /// The pod's uid, or [`super::asked::key`].
     pub(super) uid: String,
     /// IPv4 first.
     pub(super) ips: Vec<IpAddr>,
     /// Where the pod was connected last.
     pub(super) netns: Option<Netns>,
+    /// What a runtime asked for; `None` for pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) asked: Option<Asked>,
     boot: String,
 }
 
@@ -141,7 +153,7 @@ impl Leases {
     }
 
     fn path(&self, uid: &str) -> PathBuf {
-        self.dir.join("leases").join(format!("{uid}.json"))
+        self.dir.join("leases").join(file_name(uid))
     }
 
     fn remember(&mut self, lease: Lease) {
@@ -189,48 +201,126 @@ impl Leases {
             let lease = Lease { netns: Some(netns.clone()), ..lease.clone() };
             return self.write(lease);
         }
+        self.make(uid, &Demand::of(ranges), netns, None)
+    }
+
+    /// Makes a lease for what has none.
+    pub(super) fn make(
+        &mut self,
+        uid: &str,
+        demand: &Demand,
+        netns: &Netns,
+        asked: Option<Asked>,
+    ) -> Result<Lease, NetworkError> {
         self.end_quarantines();
-        let mut ips = Vec::new();
-        for v4 in [true, false] {
-            let of_family: Vec<&IpNetwork> = ranges.iter().filter(|range| range.is_ipv4() == v4).collect();
-            let taken = |ip: IpAddr| self.by_ip.contains_key(&ip) || self.freed.contains_key(&ip);
-            let next = |range: &&IpNetwork| {
-                let chosen = ipam::choose(range, self.last.get(range).copied(), taken);
-                chosen.map(|ip| (**range, ip))
-            };
-            match (of_family.iter().find_map(next), of_family.first()) {
-                (Some(chosen), _) => ips.push(chosen),
-                (None, Some(range)) => return Err(self.exhausted(uid, range)),
-                (None, None) => {}
-            }
-        }
-        if ips.is_empty() {
+        let chosen = self.choose(uid, demand)?;
+        if chosen.is_empty() {
             return Err(NetworkError::NoRange);
         }
         let lease = Lease {
             uid: uid.to_owned(),
-            ips: ips.iter().map(|(_, ip)| *ip).collect(),
+            ips: chosen.iter().map(|(ip, _)| *ip).collect(),
             netns: Some(netns.clone()),
+            asked,
             boot: self.boot.clone(),
         };
         let lease = self.write(lease)?;
-        self.last.extend(ips);
+        self.last.extend(chosen.into_iter().filter_map(|(ip, net)| Some((net?, ip))));
         Ok(lease)
     }
 
-    fn exhausted(&self, uid: &str, range: &IpNetwork) -> NetworkError {
+    /// Addresses that meet the demand, IPv4 first, with the range that each was the next of.
+    fn choose(&self, uid: &str, demand: &Demand) -> Result<Vec<(IpAddr, Option<IpNetwork>)>, NetworkError> {
+        for ip in &demand.ips {
+            if let Some(holder) = self.by_ip.get(ip) {
+                let (uid, holder) = (uid.to_owned(), holder.clone());
+                return Err(NetworkError::AddressTaken { uid, ip: *ip, holder });
+            }
+        }
+        let mut chosen: Vec<(IpAddr, Option<IpNetwork>)> = Vec::new();
+        if demand.chosen {
+            chosen.extend(demand.ips.iter().map(|ip| (*ip, None)));
+        }
+        for set in demand.sets.iter().filter(|_| !demand.chosen) {
+            let given = |ip: &IpAddr| chosen.iter().any(|(other, _)| other == ip);
+            let asked = demand.ips.iter().find(|ip| !given(ip) && set.iter().any(|pool| pool.has(**ip)));
+            if let Some(ip) = asked {
+                chosen.push((*ip, None));
+                continue;
+            }
+            let taken = |ip: IpAddr| {
+                self.by_ip.contains_key(&ip)
+                    || self.freed.contains_key(&ip)
+                    || given(&ip)
+                    || demand.ips.contains(&ip)
+            };
+            let next = |pool: &Pool| {
+                let ip = ipam::choose(pool, self.last.get(&pool.net).copied(), taken)?;
+                Some((ip, Some(pool.net)))
+            };
+            match (set.iter().find_map(next), set.first()) {
+                (Some(found), _) => chosen.push(found),
+                (None, Some(pool)) => return Err(self.exhausted(uid, pool)),
+                (None, None) => {}
+            }
+        }
+        if let Some(ip) = demand.ips.iter().find(|ip| !chosen.iter().any(|(other, _)| other == *ip)) {
+            return Err(NetworkError::AddressOutside { uid: uid.to_owned(), ip: *ip });
+        }
+        chosen.sort_by_key(|(ip, _)| ip.is_ipv6());
+        Ok(chosen)
+    }
+
+    fn exhausted(&self, uid: &str, pool: &Pool) -> NetworkError {
         NetworkError::RangeExhausted {
             uid: uid.to_owned(),
-            range: *range,
-            capacity: ipam::capacity(range),
-            leased: self.by_ip.keys().filter(|ip| range.contains(**ip)).count(),
-            quarantined: self.freed.keys().filter(|ip| range.contains(**ip)).count(),
+            range: pool.net,
+            capacity: pool.capacity(),
+            leased: self.by_ip.keys().filter(|ip| pool.has(**ip)).count(),
+            quarantined: self.freed.keys().filter(|ip| pool.has(**ip)).count(),
         }
     }
 
+    /// Fails where a demand without addresses of its own could not be met now.
+    pub(super) fn could_meet(&self, demand: &Demand) -> Result<(), NetworkError> {
+        let now = Instant::now();
+        for set in &demand.sets {
+            let left = |pool: &&Pool| {
+                let leased = self.by_ip.keys().filter(|ip| pool.has(**ip)).count();
+                let freed = self.freed.iter().filter(|(ip, (until, _))| pool.has(**ip) && *until > now);
+                let used = leased + freed.count();
+                pool.capacity() > u128::try_from(used).unwrap_or(u128::MAX)
+            };
+            if let (None, Some(pool)) = (set.iter().find(left), set.first()) {
+                return Err(self.exhausted("the next", pool));
+            }
+        }
+        if demand.sets.is_empty() { Err(NetworkError::NoRange) } else { Ok(()) }
+    }
+
+    /// Ends a lease whose addresses were in no use: they may be given again at once.
+    pub(super) fn cancel(&mut self, uid: &str) -> Result<(), NetworkError> {
+        let Some(lease) = self.by_uid.get(uid) else { return Ok(()) };
+        let path = self.path(uid);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(fail("remove", &path)(e)),
+            _ => {}
+        }
+        for ip in &lease.ips {
+            self.by_ip.remove(ip);
+        }
+        self.by_uid.remove(uid);
+        Ok(())
+    }
+
     /// Writes a lease for addresses that a pod has in the kernel.
-    pub(super) fn adopt(&mut self, uid: &str, ips: Vec<IpAddr>) -> Result<Lease, NetworkError> {
-        self.write(Lease { uid: uid.to_owned(), ips, netns: None, boot: self.boot.clone() })
+    pub(super) fn adopt(
+        &mut self,
+        uid: &str,
+        ips: Vec<IpAddr>,
+        asked: Option<Asked>,
+    ) -> Result<Lease, NetworkError> {
+        self.write(Lease { uid: uid.to_owned(), ips, netns: None, asked, boot: self.boot.clone() })
     }
 
     /// Ends the pod's lease; false if it has none. Its addresses are not given again for a while.
@@ -270,8 +360,18 @@ impl Leases {
     }
 
     fn freed_path(&self, uid: &str) -> PathBuf {
-        self.dir.join("freed").join(format!("{uid}.json"))
+        self.dir.join("freed").join(file_name(uid))
     }
+}
+
+/// A uid is a name of its own; other keys may be long and have a `/`.
+fn file_name(uid: &str) -> String {
+    if !is_cni(uid) {
+        return format!("{uid}.json");
+    }
+    let hash = Sha256::digest(uid.as_bytes());
+    let hex: String = hash[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("@{hex}.json")
 }
 
 fn files(dir: &Path) -> Result<Vec<PathBuf>, NetworkError> {
@@ -367,6 +467,37 @@ mod tests {
         assert!(dropped.iter().any(|why| why.contains("started again")), "{dropped:?}");
         assert!(dropped.iter().any(|why| why.contains("leased to pod a")), "{dropped:?}");
         assert_eq!(fs::read_dir(dir.path().join("leases")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn demands_are_met_or_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut leases, _) = Leases::open(dir.path()).unwrap();
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let both = ranges(&["10.0.0.0/24", "fd00::/64"]);
+        let ask = |ips: &[&str]| Demand { ips: ips.iter().map(|i| ip(i)).collect(), ..Demand::of(&both) };
+        let key = "net/c1/eth0";
+        let asked = Asked { network: "net".to_owned(), mtu: 1400, ..Asked::default() };
+        let lease = leases.make(key, &ask(&["10.0.0.77"]), &netns(), Some(asked)).unwrap();
+        assert_eq!(lease.ips, [ip("10.0.0.77"), ip("fd00::2")]);
+        let taken = leases.make("net/c2/eth0", &ask(&["10.0.0.77"]), &netns(), None).unwrap_err();
+        assert!(taken.to_string().contains("10.0.0.77") && taken.to_string().contains(key), "{taken}");
+        for outside in ["10.0.1.7", "10.0.0.255", "fd01::1"] {
+            let error = leases.make("net/c2/eth0", &ask(&[outside]), &netns(), None).unwrap_err();
+            assert!(error.to_string().contains(outside), "{error}");
+        }
+        let chosen = Demand { ips: vec![ip("192.0.2.9")], chosen: true, ..Demand::default() };
+        assert_eq!(leases.make("net/c3/eth0", &chosen, &netns(), None).unwrap().ips, chosen.ips);
+        let again = Leases::open(dir.path()).unwrap().0;
+        assert_eq!(again.get(key).unwrap().asked.as_ref().unwrap().mtu, 1400);
+        assert_eq!(again.all().len(), 2);
+        // What was never in use waits for nothing.
+        leases.cancel(key).unwrap();
+        leases.cancel(key).unwrap();
+        leases.make("net/c4/eth0", &ask(&["10.0.0.77"]), &netns(), None).unwrap();
+        leases.could_meet(&Demand::of(&both)).unwrap();
+        let full = Demand::of(&ranges(&["10.0.0.77/32"]));
+        assert!(matches!(leases.could_meet(&full), Err(NetworkError::RangeExhausted { .. })));
     }
 
     #[test]

@@ -6,6 +6,9 @@
 //! not here. Traffic that leaves the pod ranges is not masqueraded yet: pods reach what has a route back to them.
 
 mod act;
+mod asked;
+mod attachment;
+pub mod cni;
 mod error;
 mod ipam;
 mod leases;
@@ -37,7 +40,7 @@ pub(crate) use netlink::{
 };
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;
-use plan::{Conflict, Want, is_node_link, node_link_name};
+use plan::{Conflict, POD_LINK, Want, is_cni, is_node_link, node_link_name};
 use ports::Ports;
 use reconcile::{Decision, OurLink};
 
@@ -241,22 +244,20 @@ impl Inner {
             let mut state = self.state();
             (state.leases.acquire(uid, &self.config.pod_cidrs, &netns)?, state.facts.clone())
         };
-        let want =
-            Want { uid: uid.to_owned(), ips: lease.ips.clone(), sources: facts.sources, mtu: facts.mtu };
-        self.connect(&want, file, path, None)?;
+        self.connect(&want(&lease, facts), file, path, None)?;
         self.state().connected.insert(uid.to_owned());
         Ok(Attachment { ips: lease.ips, host_link: node_link_name(uid) })
     }
 
     fn set_ports(&self, uid: &str, mappings: &[PortMapping]) -> Result<(), NetworkError> {
-        check_uid(uid)?;
+        check_key(uid)?;
         let _working = self.begin(uid);
         let ips = self.state().leases.get(uid).map(|lease| lease.ips.clone()).unwrap_or_default();
         self.ports.set(&PortsOf { id: uid, host_link: &node_link_name(uid), ips: &ips, mappings })
     }
 
     fn detach(&self, uid: &str) -> Result<(), NetworkError> {
-        check_uid(uid)?;
+        check_key(uid)?;
         let _working = self.begin(uid);
         // While the link is there, so that nobody who comes by a port meets another pod with the same address.
         self.ports.clear(uid)?;
@@ -320,7 +321,7 @@ impl Inner {
             }
             Decision::Adopt { uid, link } => {
                 let _working = self.begin(uid);
-                let ips = self.routed_to(link)?;
+                let ips = self.routed_to(link, uid)?;
                 let mut state = self.state();
                 let taken = ips.iter().find_map(|ip| state.leases.holder(*ip));
                 if let Some(other) = taken.filter(|other| other != uid) {
@@ -328,7 +329,7 @@ impl Inner {
                 } else if ips.is_empty() {
                     report.broken.push((uid.clone(), "it has neither a lease nor an address".to_owned()));
                 } else {
-                    state.leases.adopt(uid, ips)?;
+                    state.leases.adopt(uid, ips, attachment::asked_of(uid))?;
                     report.repaired.push(format!("pod {uid}: lease from the kernel's routes"));
                 }
             }
@@ -347,9 +348,9 @@ impl Inner {
             let state = self.state();
             (state.leases.get(uid).cloned(), state.facts.clone())
         };
-        let Some(Lease { ips, netns, .. }) = lease else { return Ok(()) };
+        let Some(lease) = lease else { return Ok(()) };
         // Adopted without its namespace: the next attach tells it.
-        let Some(known) = netns else { return Ok(()) };
+        let Some(known) = lease.netns.clone() else { return Ok(()) };
         let file = match Netns::open(&known.path) {
             Ok((now, file)) if now == known => file,
             Ok(_) => {
@@ -362,8 +363,7 @@ impl Inner {
                 return Ok(());
             }
         };
-        let want = Want { uid: uid.to_owned(), ips, sources: facts.sources, mtu: facts.mtu };
-        let done = self.connect(&want, file, &known.path, Some(rows))?;
+        let done = self.connect(&want(&lease, facts), file, &known.path, Some(rows))?;
         report.repaired.extend(done.into_iter().map(|step| format!("pod {uid}: {step}")));
         Ok(())
     }
@@ -376,7 +376,7 @@ impl Inner {
         path: &Path,
         rows: Option<&NodeRows>,
     ) -> Result<Vec<String>, NetworkError> {
-        let uid = || want.uid.clone();
+        let uid = || want.key.clone();
         let mut sides = Sides::open(netns).map_err(|source| NetworkError::Netns {
             uid: uid(),
             path: path.to_owned(),
@@ -388,29 +388,46 @@ impl Inner {
         let look = |source| NetworkError::Step { uid: uid(), step: "look at its links".to_owned(), source };
         let (node, pod) = sides.observe(want, rows).map_err(look)?;
         let steps = plan::steps(want, &node, &pod).map_err(|conflict| match conflict {
-            Conflict::PodLink => NetworkError::PodLinkTaken { uid: uid() },
+            Conflict::PodLink => NetworkError::PodLinkTaken { uid: uid(), ifname: want.ifname.clone() },
             Conflict::NodeLink(link) => NetworkError::NodeLinkTaken { uid: uid(), link },
         })?;
-        for step in &steps {
-            sides.apply(step).map_err(|source| NetworkError::Step {
-                uid: uid(),
-                step: step.to_string(),
-                source,
-            })?;
-        }
+        sides.apply(&steps).map_err(|(step, source)| NetworkError::Step {
+            uid: uid(),
+            step: step.to_string(),
+            source,
+        })?;
         Ok(steps.iter().map(ToString::to_string).collect())
     }
 
-    /// Addresses of the pod ranges that the kernel routes to `link`.
-    fn routed_to(&self, link: &str) -> Result<Vec<IpAddr>, NetworkError> {
+    /// Addresses that the kernel routes to the pod's `link`; for pods of ours, of the pod ranges.
+    fn routed_to(&self, link: &str, uid: &str) -> Result<Vec<IpAddr>, NetworkError> {
         let tables = Tables::read()?;
         let index = tables.links.iter().find(|l| l.name == link).map(|l| l.index);
         let to = tables.routes.iter().filter(|route| route.link.is_some() && route.link == index);
         let mut ips: Vec<IpAddr> = to.map(|route| route.to.ip()).collect();
-        ips.retain(|ip| self.config.pod_cidrs.iter().any(|range| range.contains(*ip)));
+        ips.retain(|ip| is_cni(uid) || self.config.pod_cidrs.iter().any(|range| range.contains(*ip)));
         ips.sort();
         Ok(ips)
     }
+}
+
+/// What an attachment with this lease has.
+fn want(lease: &Lease, facts: Facts) -> Want {
+    let asked = lease.asked.as_ref();
+    Want {
+        key: lease.uid.clone(),
+        ifname: asked.map_or_else(|| POD_LINK.to_owned(), |asked| asked.ifname.clone()),
+        mac: asked.and_then(|asked| asked.mac),
+        theirs: asked.is_some(),
+        ips: lease.ips.clone(),
+        sources: facts.sources,
+        mtu: asked.map(|asked| asked.mtu).filter(|mtu| *mtu > 0).unwrap_or(facts.mtu),
+    }
+}
+
+/// Keys of runtimes' attachments were judged when they were made of their parts.
+fn check_key(uid: &str) -> Result<(), NetworkError> {
+    if is_cni(uid) { Ok(()) } else { check_uid(uid) }
 }
 
 /// A pod that is being worked on, by one thread at a time.

@@ -10,12 +10,16 @@ use sha2::{Digest, Sha256};
 
 use super::netlink::{Link, Mac};
 
-/// Name of a pod's link inside its namespace.
+/// Name of a pod's link inside its namespace, unless a runtime asks for another.
 pub(super) const POD_LINK: &str = "eth0";
 /// What the names of our links on the node start with; 12 hex digits follow.
 pub(crate) const NODE_LINK_PREFIX: &str = "shv";
 /// What the aliases of our links start with; the pod's uid follows.
-pub(super) const ALIAS_PREFIX: &str = "sheave pod ";
+const POD_ALIAS: &str = "sheave pod ";
+/// The same for attachments that runtimes asked for; their key follows.
+const CNI_ALIAS: &str = "sheave cni ";
+/// Longest alias that the kernel takes, bytes.
+const ALIAS_BYTES_MAX: usize = 255;
 /// A pod's gateways. Nobody has these addresses: a permanent neighbour leads to the node's end of the pair.
 const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
@@ -29,9 +33,30 @@ const EVERYTHING_V6: IpNetwork = match Ipv6Network::new_checked(Ipv6Addr::UNSPEC
     None => panic!("0 is a prefix length"),
 };
 
-/// Name of the node's end of a pod's pair: `shv` and 48 bits of the uid's hash, as names have 15 bytes.
-pub(super) fn node_link_name(uid: &str) -> String {
-    let hash = Sha256::digest(uid.as_bytes());
+/// True for the key of an attachment that a runtime asked for, `network/container/interface`; pods' keys are their
+/// uids, which have no `/`.
+pub(super) fn is_cni(key: &str) -> bool {
+    key.contains('/')
+}
+
+/// What the node's end of an attachment's pair is called besides its name. A key that is too long is not in it.
+pub(super) fn alias(key: &str) -> String {
+    let alias = format!("{}{key}", if is_cni(key) { CNI_ALIAS } else { POD_ALIAS });
+    if alias.len() <= ALIAS_BYTES_MAX { alias } else { CNI_ALIAS.trim_end().to_owned() }
+}
+
+/// The key in an alias that [`alias`] made.
+pub(super) fn key_of(alias: &str) -> Option<String> {
+    let key = match alias.strip_prefix(CNI_ALIAS) {
+        Some(key) => Some(key).filter(|key| is_cni(key)),
+        None => alias.strip_prefix(POD_ALIAS).filter(|key| !is_cni(key)),
+    };
+    key.map(str::to_owned)
+}
+
+/// Name of the node's end of an attachment's pair: `shv` and 48 bits of the key's hash, as names have 15 bytes.
+pub(super) fn node_link_name(key: &str) -> String {
+    let hash = Sha256::digest(key.as_bytes());
     let mut name = NODE_LINK_PREFIX.to_owned();
     for byte in &hash[..6] {
         name.push_str(&format!("{byte:02x}"));
@@ -47,8 +72,8 @@ pub(super) fn is_node_link(name: &str) -> bool {
 
 /// Hardware addresses of a pod's pair, the node's end first. Given at creation, so that nobody renames them; locally
 /// administered, unicast.
-fn macs(uid: &str) -> (Mac, Mac) {
-    let hash = Sha256::digest(uid.as_bytes());
+pub(super) fn macs(key: &str) -> (Mac, Mac) {
+    let hash = Sha256::digest(key.as_bytes());
     let mac = |last: u8| [0x02, hash[6], hash[7], hash[8], hash[9], (hash[10] & 0xfe) | last];
     (mac(0), mac(1))
 }
@@ -56,7 +81,14 @@ fn macs(uid: &str) -> (Mac, Mac) {
 /// What a connected pod has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Want {
-    pub(super) uid: String,
+    /// The pod's uid, or `network/container/interface`.
+    pub(super) key: String,
+    /// Name of the link inside.
+    pub(super) ifname: String,
+    /// The hardware address inside, where one was asked for.
+    pub(super) mac: Option<Mac>,
+    /// Others may have changed what is inside since it was made: it is left as it is while the pair is whole.
+    pub(super) theirs: bool,
     /// The pod's addresses.
     pub(super) ips: Vec<IpAddr>,
     /// Addresses that the node has and sends to its pods from, at most one a family.
@@ -98,7 +130,7 @@ pub(super) enum Act {
     /// Removes a link, and with it its peer, routes and neighbours.
     DeleteLink { name: String },
     /// Makes the pair, the peer right in the pod's namespace.
-    CreatePair { name: String, mac: Mac, peer_mac: Mac, mtu: u32 },
+    CreatePair { name: String, mac: Mac, peer_name: String, peer_mac: Mac, mtu: u32 },
     /// Writes below `/proc/sys`.
     Sysctl { key: String, value: &'static str },
     /// Brings a link up, names its pod, sets its MTU.
@@ -123,7 +155,7 @@ impl fmt::Display for Step {
         };
         match &self.act {
             Act::DeleteLink { name } => write!(f, "remove link {name}"),
-            Act::CreatePair { name, .. } => write!(f, "make links {name} and {POD_LINK}"),
+            Act::CreatePair { name, peer_name, .. } => write!(f, "make links {name} and {peer_name}"),
             Act::Sysctl { key, value } => write!(f, "set {} = {value}", key.replace('/', ".")),
             Act::SetLink { name, .. } => write!(f, "bring up link {name}"),
             Act::AwaitRunning { name } => write!(f, "wait for link {name}"),
@@ -140,7 +172,7 @@ impl fmt::Display for Step {
 /// A link in the way that is not ours to remove.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Conflict {
-    /// The pod's namespace has an `eth0` of somebody else's.
+    /// The pod's namespace has a link of that name of somebody else's.
     PodLink,
     /// The node has a link of that name that belongs to another pod or to nobody.
     NodeLink(String),
@@ -148,16 +180,23 @@ pub(super) enum Conflict {
 
 /// The way from what is there to what is wanted.
 pub(super) fn steps(want: &Want, node: &Observed, pod: &Observed) -> Result<Vec<Step>, Conflict> {
-    let name = node_link_name(&want.uid);
-    let (mac, peer_mac) = macs(&want.uid);
+    let name = node_link_name(&want.key);
+    let (mac, peer_mac) = macs(&want.key);
+    let mut peer_mac = want.mac.unwrap_or(peer_mac);
+    if want.theirs
+        && let Some(now) = pod.link.as_ref().and_then(|link| link.mac)
+    {
+        peer_mac = now;
+    }
     let mut steps = Vec::new();
     let mut step = |side, act| steps.push(Step { side, act });
     let fresh = Observed { loopback_up: pod.loopback_up, ..Observed::default() };
+    let whole = is_pair(node.link.as_ref(), pod.link.as_ref(), mac, peer_mac);
     let (mut node, mut pod) = (node, pod);
-    if !is_pair(node.link.as_ref(), pod.link.as_ref(), mac, peer_mac) {
+    if !whole {
         match &pod.link {
             Some(link) if link.mac == Some(peer_mac) => {
-                step(Side::Pod, Act::DeleteLink { name: POD_LINK.to_owned() });
+                step(Side::Pod, Act::DeleteLink { name: want.ifname.clone() });
             }
             Some(_) => return Err(Conflict::PodLink),
             None => {}
@@ -168,21 +207,25 @@ pub(super) fn steps(want: &Want, node: &Observed, pod: &Observed) -> Result<Vec<
             Some(link) => return Err(Conflict::NodeLink(link.name.clone())),
             None => {}
         }
-        step(Side::Node, Act::CreatePair { name: name.clone(), mac, peer_mac, mtu: want.mtu });
+        let (name, peer_name) = (name.clone(), want.ifname.clone());
+        step(Side::Node, Act::CreatePair { name, mac, peer_name, peer_mac, mtu: want.mtu });
         (node, pod) = (&fresh, &fresh);
     }
-    pod_steps(want, pod, mac, &mut step);
+    let leave = whole && want.theirs;
+    if !leave {
+        pod_steps(want, pod, mac, &mut step);
+    }
     node_steps(want, node, &name, peer_mac, &mut step);
     // Only with both ends up there is a carrier, and what is sent before the kernel has noticed it is dropped.
     let idle = |side: &Observed| side.link.as_ref().is_none_or(|link| !link.running);
-    if idle(node) {
+    if !leave && idle(node) {
         step(Side::Node, Act::AwaitRunning { name });
     }
-    if idle(pod) {
-        step(Side::Pod, Act::AwaitRunning { name: POD_LINK.to_owned() });
+    if !leave && idle(pod) {
+        step(Side::Pod, Act::AwaitRunning { name: want.ifname.clone() });
     }
     // The kernel makes an IPv6 address local in a task of its own, also without duplicate address detection.
-    for ip in want.ips.iter().filter(|ip| ip.is_ipv6() && !pod.addresses.contains(ip)) {
+    for ip in want.ips.iter().filter(|ip| !leave && ip.is_ipv6() && !pod.addresses.contains(ip)) {
         step(Side::Pod, Act::AwaitLocal { ip: *ip });
     }
     Ok(steps)
@@ -198,8 +241,8 @@ fn is_pair(node: Option<&Link>, pod: Option<&Link>, mac: Mac, peer_mac: Mac) -> 
 }
 
 fn pod_steps(want: &Want, pod: &Observed, gateway_mac: Mac, step: &mut impl FnMut(Side, Act)) {
-    let link = || POD_LINK.to_owned();
-    for (key, value) in sysctls(Side::Pod, POD_LINK, &want.ips) {
+    let link = || want.ifname.clone();
+    for (key, value) in sysctls(Side::Pod, &want.ifname, &want.ips) {
         if pod.sysctls.get(&key).is_none_or(|now| now != value) {
             step(Side::Pod, Act::Sysctl { key, value });
         }
@@ -207,7 +250,7 @@ fn pod_steps(want: &Want, pod: &Observed, gateway_mac: Mac, step: &mut impl FnMu
     if !pod.loopback_up {
         step(Side::Pod, Act::SetLink { name: "lo".to_owned(), alias: None, mtu: None });
     }
-    if let Some(act) = set_link(POD_LINK, None, want.mtu, pod.link.as_ref()) {
+    if let Some(act) = set_link(&want.ifname, None, want.mtu, pod.link.as_ref()) {
         step(Side::Pod, act);
     }
     for ip in &want.ips {
@@ -215,16 +258,27 @@ fn pod_steps(want: &Want, pod: &Observed, gateway_mac: Mac, step: &mut impl FnMu
             step(Side::Pod, Act::Address { link: link(), ip: *ip });
         }
     }
-    for ip in &want.ips {
-        let gateway = if ip.is_ipv4() { GATEWAY_V4 } else { GATEWAY_V6 };
+    for ip in of_each_family(&want.ips) {
+        let gateway = gateway(ip);
         if !pod.neighbours.contains(&(gateway, gateway_mac)) {
             step(Side::Pod, Act::Neighbour { link: link(), ip: gateway, mac: gateway_mac });
         }
-        let to = everything(*ip);
+        let to = everything(ip);
         if !pod.routes.contains(&(to, Some(gateway), None)) {
             step(Side::Pod, Act::Route { link: link(), to, via: Some(gateway), src: None });
         }
     }
+}
+
+/// The first address of each family.
+pub(super) fn of_each_family(ips: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
+    let first = |v4: bool| ips.iter().copied().find(|ip| ip.is_ipv4() == v4);
+    [first(true), first(false)].into_iter().flatten()
+}
+
+/// The gateway of a pod with such an address.
+pub(super) fn gateway(family_of: IpAddr) -> IpAddr {
+    if family_of.is_ipv4() { GATEWAY_V4 } else { GATEWAY_V6 }
 }
 
 fn node_steps(want: &Want, node: &Observed, name: &str, pod_mac: Mac, step: &mut impl FnMut(Side, Act)) {
@@ -233,8 +287,7 @@ fn node_steps(want: &Want, node: &Observed, name: &str, pod_mac: Mac, step: &mut
             step(Side::Node, Act::Sysctl { key, value });
         }
     }
-    let alias = format!("{ALIAS_PREFIX}{}", want.uid);
-    if let Some(act) = set_link(name, Some(alias), want.mtu, node.link.as_ref()) {
+    if let Some(act) = set_link(name, Some(alias(&want.key)), want.mtu, node.link.as_ref()) {
         step(Side::Node, act);
     }
     for ip in &want.ips {
@@ -259,7 +312,7 @@ fn set_link(name: &str, alias: Option<String>, mtu: u32, now: Option<&Link>) -> 
 }
 
 /// The default route's destination.
-fn everything(family_of: IpAddr) -> IpNetwork {
+pub(super) fn everything(family_of: IpAddr) -> IpNetwork {
     if family_of.is_ipv4() { EVERYTHING_V4 } else { EVERYTHING_V6 }
 }
 
@@ -304,7 +357,10 @@ mod tests {
 
     fn want(ips: &[&str]) -> Want {
         Want {
-            uid: "0f3c".to_owned(),
+            key: "0f3c".to_owned(),
+            ifname: POD_LINK.to_owned(),
+            mac: None,
+            theirs: false,
             ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             sources: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
             mtu: 1450,
@@ -323,7 +379,7 @@ mod tests {
                     *node = Observed::default();
                     *pod = Observed { loopback_up: pod.loopback_up, ..Observed::default() };
                 }
-                Act::CreatePair { name, mac, peer_mac, mtu } => {
+                Act::CreatePair { name, mac, peer_name, peer_mac, mtu } => {
                     let link = |index, name: &str, mac, peer| Link {
                         index,
                         name: name.to_owned(),
@@ -337,7 +393,7 @@ mod tests {
                     };
                     assert!(node.link.is_none() && pod.link.is_none(), "a name is taken");
                     node.link = Some(link(7, name, *mac, 2));
-                    pod.link = Some(link(2, POD_LINK, *peer_mac, 7));
+                    pod.link = Some(link(2, peer_name, *peer_mac, 7));
                 }
                 Act::Sysctl { key, value } => {
                     side.sysctls.insert(key.clone(), (*value).to_owned());
@@ -422,6 +478,45 @@ mod tests {
         );
         apply(&again, &mut node, &mut pod);
         assert_eq!(steps(&want, &node, &pod).unwrap(), []);
+    }
+
+    #[test]
+    fn what_others_changed_inside_is_left() {
+        let mut want = want(&["10.244.0.5"]);
+        want.mac = Some([2, 0, 0, 0, 0, 9]);
+        let (mut node, mut pod) = (Observed::default(), Observed::default());
+        apply(&steps(&want, &node, &pod).unwrap(), &mut node, &mut pod);
+        assert_eq!(pod.link.as_ref().unwrap().mac, want.mac);
+        want.theirs = true;
+        pod.routes.clear();
+        pod.addresses.clear();
+        pod.link.as_mut().unwrap().mac = Some([2, 0, 0, 0, 0, 8]);
+        let repair = steps(&want, &node, &pod).unwrap();
+        assert!(
+            matches!(
+                &repair[..],
+                [Step { side: Side::Node, act: Act::Neighbour { mac: [2, 0, 0, 0, 0, 8], .. } }]
+            ),
+            "the node knows the new hardware address: {repair:?}"
+        );
+        // A pair that is gone is made anew, with everything.
+        let again = steps(&want, &Observed::default(), &Observed::default()).unwrap();
+        assert!(matches!(&again[0].act, Act::CreatePair { peer_mac: [2, 0, 0, 0, 0, 9], .. }));
+        let (mut node, mut pod) = (Observed::default(), Observed::default());
+        apply(&again, &mut node, &mut pod);
+        assert_eq!(pod.routes.len(), 1);
+    }
+
+    #[test]
+    fn aliases_tell_whose_a_link_is() {
+        for key in ["0f3c", "net/0f3c/eth0"] {
+            assert_eq!(key_of(&alias(key)).as_deref(), Some(key));
+        }
+        assert_eq!(key_of("sheave pod a/b"), None);
+        assert_eq!(key_of("sheave cni ab"), None);
+        assert_eq!(key_of("uplink"), None);
+        let long = format!("{}/c/eth0", "n".repeat(300));
+        assert!(alias(&long).len() <= ALIAS_BYTES_MAX && key_of(&alias(&long)).is_none());
     }
 
     #[test]

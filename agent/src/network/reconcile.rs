@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::plan::{ALIAS_PREFIX, node_link_name};
+use super::plan::{is_cni, key_of, node_link_name};
 
 /// A link of ours on the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +27,26 @@ pub(super) enum Decision {
     Missing { uid: String },
 }
 
-/// Compares what is there with who lives. `kept` are the pods that this process connected.
+/// Whose our links are.
+struct Owners<'a> {
+    by_name: BTreeMap<String, &'a String>,
+}
+
+impl<'a> Owners<'a> {
+    /// `known` are the keys of everything that may have a link: a pair that was made but not named yet is known by its
+    /// name alone.
+    fn among(known: impl Iterator<Item = &'a String>) -> Self {
+        Owners { by_name: known.map(|key| (node_link_name(key), key)).collect() }
+    }
+
+    fn of(&self, link: &OurLink) -> Option<String> {
+        let named = link.alias.as_deref().and_then(key_of);
+        named.or_else(|| self.by_name.get(&link.name).map(|key| (*key).clone()))
+    }
+}
+
+/// Compares what is there with which pods live. `kept` are those that this process connected. What runtimes connected
+/// is not looked at.
 pub(super) fn decide(
     links: &[OurLink],
     leases: &BTreeSet<String>,
@@ -35,17 +54,12 @@ pub(super) fn decide(
     kept: &BTreeSet<String>,
 ) -> Vec<Decision> {
     let stays = |uid: &String| live.contains(uid) || kept.contains(uid);
-    // A pair that was made but not named yet is known by its name alone.
-    let known = live.iter().chain(kept).chain(leases);
-    let by_name: BTreeMap<String, &String> = known.map(|uid| (node_link_name(uid), uid)).collect();
-    let owner = |link: &OurLink| {
-        let named = link.alias.as_ref().and_then(|alias| alias.strip_prefix(ALIAS_PREFIX));
-        named.map(str::to_owned).or_else(|| by_name.get(&link.name).map(|uid| (*uid).clone()))
-    };
+    let owners = Owners::among(live.iter().chain(kept).chain(leases));
     let mut decisions = Vec::new();
     let mut linked = BTreeMap::new();
     for link in links {
-        match owner(link) {
+        match owners.of(link) {
+            Some(key) if is_cni(&key) => {}
             Some(uid) if stays(&uid) => {
                 linked.insert(uid, link.name.clone());
             }
@@ -53,7 +67,7 @@ pub(super) fn decide(
         }
     }
     // Links before leases: an address is free once the kernel has forgotten it.
-    let gone = leases.iter().filter(|uid| !stays(uid));
+    let gone = leases.iter().filter(|uid| !is_cni(uid) && !stays(uid));
     decisions.extend(gone.map(|uid| Decision::Release { uid: uid.clone() }));
     for uid in live {
         decisions.push(match (leases.contains(uid), linked.get(uid)) {
@@ -65,9 +79,36 @@ pub(super) fn decide(
     decisions
 }
 
+/// Compares what is there with what runtimes connected, given for each of its leases: whether its namespace is there.
+/// A link whose other end's namespace ended is gone with it, so a link shows that its container lives; what has
+/// neither a link nor a namespace is released. Pods' are not looked at, and what is `busy` neither.
+pub(super) fn decide_cni(
+    links: &[OurLink],
+    leases: &BTreeMap<String, bool>,
+    busy: &BTreeSet<String>,
+) -> Vec<Decision> {
+    let owners = Owners::among(leases.keys().chain(busy));
+    let linked: BTreeMap<String, &OurLink> =
+        links.iter().filter_map(|link| Some((owners.of(link).filter(|key| is_cni(key))?, link))).collect();
+    let mut decisions = Vec::new();
+    for (key, there) in leases.iter().filter(|(key, _)| is_cni(key) && !busy.contains(*key)) {
+        match (there, linked.contains_key(key)) {
+            (true, _) => decisions.push(Decision::Check { uid: key.clone() }),
+            (false, false) => decisions.push(Decision::Release { uid: key.clone() }),
+            // In a namespace that can't be entered by the name it had.
+            (false, true) => {}
+        }
+    }
+    for (key, link) in linked.iter().filter(|(key, _)| !leases.contains_key(*key) && !busy.contains(*key)) {
+        decisions.push(Decision::Adopt { uid: key.clone(), link: link.name.clone() });
+    }
+    decisions
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::plan::alias;
     use proptest::prelude::*;
 
     fn set(uids: &[&str]) -> BTreeSet<String> {
@@ -75,7 +116,7 @@ mod tests {
     }
 
     fn link(uid: &str, named: bool) -> OurLink {
-        let alias = named.then(|| format!("{ALIAS_PREFIX}{uid}"));
+        let alias = named.then(|| alias(uid));
         OurLink { name: node_link_name(uid), alias }
     }
 
@@ -105,6 +146,30 @@ mod tests {
         let stray = OurLink { name: "shv000000000000".to_owned(), alias: None };
         let decisions = decide(&[stray], &set(&[]), &set(&["a"]), &set(&[]));
         assert!(matches!(&decisions[0], Decision::RemoveLink { owner: None, .. }));
+    }
+
+    #[test]
+    fn containers_live_as_long_as_their_link_or_namespace() {
+        let links =
+            [link("n/linked/e", true), link("n/whole/e", true), link("n/lost/e", true), link("pod", true)];
+        let leases = [("n/linked/e", false), ("n/whole/e", true), ("n/dead/e", false), ("n/bare/e", true)];
+        let leases = leases.map(|(key, there)| (key.to_owned(), there)).into_iter().collect();
+        let key = |key: &str| key.to_owned();
+        let adopt = Decision::Adopt { uid: key("n/lost/e"), link: node_link_name("n/lost/e") };
+        assert_eq!(
+            decide_cni(&links, &leases, &set(&[])),
+            [
+                Decision::Check { uid: key("n/bare/e") },
+                Decision::Release { uid: key("n/dead/e") },
+                Decision::Check { uid: key("n/whole/e") },
+                adopt,
+            ]
+        );
+        let busy = set(&["n/dead/e", "n/bare/e", "n/whole/e", "n/lost/e"]);
+        assert_eq!(decide_cni(&links, &leases, &busy), []);
+        // Pods' reconciliation leaves them alone, also those without a name yet.
+        let leases = set(&["n/a/e", "n/dead/e"]);
+        assert_eq!(decide(&[link("n/a/e", false), link("n/b/e", true)], &leases, &set(&[]), &set(&[])), []);
     }
 
     proptest! {
