@@ -22,6 +22,7 @@ small control plane that speaks the Kubernetes API, so that kubectl works unmodi
   sheave image import F     make an OCI image known to this node
   sheave service list       what the kernel balances right now, read from its maps
   sheave service trace      which backend a packet would get, and why
+  sheave install cni        the network plugin for containerd, CRI-O and podman
   sheave monitor            drops and new connections as they happen
 
 Containers and service routing do not notice when the daemon is stopped, killed or upgraded: pods belong to a small \
@@ -63,6 +64,12 @@ pub(crate) enum Command {
     /// Measure the ways to balance services that this host has
     #[command(subcommand)]
     Load(crate::cmd::LoadCommand),
+    /// Install the network plugin for other runtimes
+    #[command(subcommand)]
+    Install(crate::cmd::InstallCommand),
+    /// Remove what `sheave install` installed
+    #[command(subcommand)]
+    Uninstall(crate::cmd::UninstallCommand),
     /// Show this node, its pods and services in short
     Status(StatusFlags),
     /// Print the version

@@ -31,8 +31,12 @@ pub struct Head {
 }
 
 impl Head {
-    /// Judges what the plugin needs. Code 1 for a version that is not spoken, 7 for the rest.
+    /// Judges what the plugin needs. Code 6 for what is no object, 1 for a version that is not spoken, 7 for the rest.
     pub fn read(config: &Value) -> Result<Head, Error> {
+        if !config.is_object() {
+            let message = format!("the configuration {config} must be an object");
+            return Err(Error::new(code::DECODE, message));
+        }
         let at = At::root(config);
         let version = at.field("cniVersion", At::text)?.unwrap_or_default();
         let version = Version::parse(&version)?;
@@ -479,7 +483,7 @@ mod tests {
             assert_eq!(error.code, code, "{more}: {error}");
             assert!(error.message.contains(expected), "{more}: {error}");
         }
-        assert_eq!(Config::read(&json!("x"), "").unwrap_err().code, 7);
+        assert_eq!(Config::read(&json!("x"), "").unwrap_err().code, 6);
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod apply;
 mod control;
 mod down;
 mod image;
+mod install;
 mod load;
 mod monitor;
 mod names;
@@ -25,6 +26,7 @@ use sheave_agent::dataplane::Mode;
 use sheave_agent::dataplane::choice::Active;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use install::{InstallCommand, UninstallCommand};
 pub(crate) use load::LoadCommand;
 
 use crate::cli::{BaseFlags, Cli, Command, ImageCommand, PathFlags, ServiceCommand};
@@ -47,6 +49,8 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         Command::Image(ImageCommand::List { base, output }) => image::list(&base, output),
         Command::Image(ImageCommand::Remove { base, name }) => image::remove(&base, &name),
         Command::Load(command) => load::run(&command),
+        Command::Install(command) => install::install(&command),
+        Command::Uninstall(command) => install::uninstall(&command),
         Command::Status(flags) => status::run(&flags),
         Command::Version => version(),
         Command::Apply(flags) => apply::run(&flags),

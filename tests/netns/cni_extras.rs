@@ -121,7 +121,9 @@ pub(crate) fn stale_udp_flows_are_flushed(bed: &Bed) {
     let at = SocketAddr::new(node_ip(true), 10642);
     let out = bed.node.outside.run(|| UdpSocket::bind("0.0.0.0:0")).expect("bind outside");
     let send = || out.send_to(b"still there", at).expect("send");
-    (0..3).for_each(|_| drop(send()));
+    for _ in 0..3 {
+        send();
+    }
     let result = bed.add_list(&second, &late).expect("an ADD");
     let inside = second.netns().run(|| UdpSocket::bind("0.0.0.0:5353")).expect("bind in the container");
     inside.set_read_timeout(Some(Duration::from_millis(100))).expect("set a timeout");

@@ -8,6 +8,7 @@ mod cni_care;
 mod cni_conformance;
 mod cni_extras;
 mod cni_fake;
+mod cni_install;
 mod cni_protocol;
 mod control_disk_full;
 mod image_archive;
