@@ -2,9 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use sheave_agent::network::{Attachment, Network, NetworkError, PortMapping, Protocol};
+use sheave_agent::network::{Attachment, Bandwidth, Network, NetworkError, PortMapping, Protocol};
 use sheave_harness::netns::checked;
 use sheave_harness::{NetNs, http, node, require_root, wait_for};
 
@@ -299,6 +299,62 @@ fn what_somebody_flushed_is_put_back() {
     wait_for("the other port", || if bed.table().contains("8081") { Ok(()) } else { Err(bed.table()) });
     server.tcp_from(&bed.node.outside, address("192.0.2.1:8081"));
     assert!(refused(&bed.node.outside, at));
+}
+
+/// How long it takes to send so many bytes from one namespace to the other.
+fn transfer(from: &NetNs, to: &NetNs, ip: IpAddr, bytes: usize) -> Duration {
+    let listener = to.run(|| TcpListener::bind((ip, 0))).expect("listen");
+    let at = listener.local_addr().expect("an address");
+    let mut out = from.run(|| TcpStream::connect_timeout(&at, PATIENCE)).expect("connect");
+    let (mut back, _) = listener.accept().expect("accept");
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(move || out.write_all(&vec![7; bytes]).expect("send"));
+        let mut all = Vec::with_capacity(bytes);
+        back.read_to_end(&mut all).expect("receive");
+        assert_eq!(all.len(), bytes);
+    });
+    start.elapsed()
+}
+
+#[test]
+fn a_limited_pod_is_as_slow_as_its_bucket() {
+    if !require_root() {
+        return;
+    }
+    const BYTES: usize = 1_500_000;
+    let bed = Bed::new();
+    let (a, b) = (bed.pod("a"), bed.pod("b"));
+    let (a_ip, b_ip) = (a.attachment.ips[0], b.attachment.ips[0]);
+    let limit = |limits: Bandwidth| bed.node.block_on(bed.network.set_bandwidth("a", &limits));
+    let (into, out) = (20_000_000, 24_000_000);
+    let limits = Bandwidth {
+        ingress_bps: into,
+        ingress_burst_bits: 800_000,
+        egress_bps: out,
+        egress_burst_bits: 800_000,
+    };
+    let ways = [(&b.netns, &a.netns, a_ip, into), (&a.netns, &b.netns, b_ip, out)];
+    let free = ways.map(|(from, to, ip, _)| transfer(from, to, ip, BYTES));
+    limit(limits).expect("limit");
+    for ((from, to, ip, bps), free) in ways.into_iter().zip(free) {
+        // All but a burst has to wait for its turn, however fast or slow the machine is.
+        let least = Duration::from_secs_f64((BYTES * 8 - 800_000) as f64 / bps as f64);
+        let took = transfer(from, to, ip, BYTES);
+        assert!(took >= least, "{took:?} for what takes {least:?} at {bps} bit/s");
+        eprintln!("{bps} bit/s: at least {least:?}, took {took:?}, without a limit {free:?}");
+    }
+    let shown = bed.node.netns.command("tc").args(["qdisc", "show", "dev", &a.attachment.host_link]).output();
+    let shown = String::from_utf8_lossy(&shown.expect("tc").stdout).into_owned();
+    assert!(shown.contains("tbf") && shown.contains("rate 20Mbit"), "{shown}");
+    // As much as runtimes ask for where only a rate is given.
+    let most = Bandwidth { ingress_burst_bits: u64::from(u32::MAX), ..limits };
+    limit(most).expect("a large burst");
+    let error = limit(Bandwidth { ingress_burst_bits: 0, ..limits }).expect_err("no burst").to_string();
+    assert!(error.contains("a: bandwidth: ingress rate 20000000"), "{error}");
+    limit(Bandwidth::default()).expect("lift the limits");
+    let shown = bed.node.netns.command("tc").args(["qdisc", "show", "dev", &a.attachment.host_link]).output();
+    assert!(!String::from_utf8_lossy(&shown.expect("tc").stdout).contains("tbf"));
 }
 
 const WEB: &str = r#"

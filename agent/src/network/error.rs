@@ -163,6 +163,14 @@ pub enum NetworkError {
         /// What is wrong with it, and what to write instead.
         why: String,
     },
+    /// A limit that can't be kept.
+    #[error("{id}: bandwidth: {why}")]
+    Bandwidth {
+        /// The attachment.
+        id: String,
+        /// What is wrong, and what to give instead.
+        why: String,
+    },
     /// The kernel does not hold what an attachment needs.
     #[error("{id}: {what} is missing in the kernel; the next reconciliation puts it back")]
     Gone {

@@ -9,6 +9,7 @@ mod act;
 mod asked;
 mod attachment;
 pub mod cni;
+mod bandwidth;
 mod error;
 mod ipam;
 mod leases;
@@ -27,6 +28,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use ipnetwork::IpNetwork;
 
+pub use bandwidth::Bandwidth;
 pub use error::NetworkError;
 pub use node::{NodeAddresses, node_addresses};
 pub use ports::{PortMapping, PortsOf, Protocol};
@@ -152,6 +154,12 @@ impl Network {
         blocking(move || inner.set_ports(&uid, &mappings)).await
     }
 
+    /// Limits how fast a connected pod receives and sends, from now on.
+    pub async fn set_bandwidth(&self, uid: &str, limits: &Bandwidth) -> Result<(), NetworkError> {
+        let (inner, uid, limits) = (Arc::clone(&self.inner), uid.to_owned(), *limits);
+        blocking(move || inner.set_bandwidth(&uid, &limits)).await
+    }
+
     /// Removes links and leases of pods that are not in `live` and that this process has not connected itself, and
     /// puts back what is missing of those that are. Call it after a start, once it is known who lives, and then
     /// from time to time. Goes on past errors; they are in the report.
@@ -254,6 +262,20 @@ impl Inner {
         let _working = self.begin(uid);
         let ips = self.state().leases.get(uid).map(|lease| lease.ips.clone()).unwrap_or_default();
         self.ports.set(&PortsOf { id: uid, host_link: &node_link_name(uid), ips: &ips, mappings })
+    }
+
+    fn set_bandwidth(&self, uid: &str, limits: &Bandwidth) -> Result<(), NetworkError> {
+        check_uid(uid)?;
+        let _working = self.begin(uid);
+        let netns = self.state().leases.get(uid).and_then(|lease| lease.netns.clone());
+        let Some(netns) = netns else {
+            return Err(NetworkError::Gone { id: uid.to_owned(), what: "its network namespace".to_owned() });
+        };
+        let gone = |source| NetworkError::Netns { uid: uid.to_owned(), path: netns.path.clone(), source };
+        let (_, netns) = Netns::open(&netns.path).map_err(gone)?;
+        let host_link = node_link_name(uid);
+        let ends = bandwidth::Ends { id: uid, host_link: &host_link, netns: &netns, ifname: plan::POD_LINK };
+        bandwidth::set(&ends, limits).map(drop)
     }
 
     fn detach(&self, uid: &str) -> Result<(), NetworkError> {

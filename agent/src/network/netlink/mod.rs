@@ -5,6 +5,7 @@
 //! namespace of the thread that opened it.
 
 mod address_device;
+pub(crate) mod bucket;
 pub(crate) mod conntrack;
 mod convert;
 mod diag;
