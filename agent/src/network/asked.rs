@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+use super::bandwidth::Bandwidth;
 use super::ipam::Pool;
 use super::netlink::Mac;
 use super::ports::PortMapping;
@@ -26,6 +27,8 @@ pub(super) struct Asked {
     pub(super) mtu: u32,
     /// Ports of the node.
     pub(super) ports: Vec<PortMapping>,
+    /// How fast it may receive and send.
+    pub(super) bandwidth: Bandwidth,
     /// Whether what leaves the pod ranges gets the node's address, where the network says so.
     pub(super) masquerade: Option<bool>,
 }

@@ -13,9 +13,9 @@ use super::error::NetworkError;
 use super::leases::{Lease, Netns};
 use super::netlink::{Connection, Mac};
 use super::plan::{Observed, Side, Step, is_cni, macs, node_link_name, steps};
-use super::ports::PortsOf;
+use super::ports::{Held, PortsOf};
 use super::reconcile::{Decision, decide_cni};
-use super::{Facts, Inner, Report, in_full, our_links, remove_link, want};
+use super::{Facts, Inner, Report, bandwidth, in_full, our_links, remove_link, want};
 
 /// A container's interface to be connected.
 #[derive(Debug)]
@@ -88,7 +88,13 @@ impl Inner {
         let mut want = want(lease, facts);
         // What is there now is nobody's of ours, whatever it looks like.
         want.theirs = false;
+        let inside = netns.try_clone().map_err(|source| NetworkError::Netns {
+            uid: lease.uid.clone(),
+            path: path.to_owned(),
+            source,
+        })?;
         self.connect(&want, netns, path, None)?;
+        bandwidth::keep(lease, &inside)?;
         let host_link = node_link_name(&lease.uid);
         let mappings = lease.asked.as_ref().map(|asked| asked.ports.as_slice()).unwrap_or_default();
         let ips = &lease.ips;
@@ -142,7 +148,9 @@ impl Inner {
         let want = want(&lease, facts);
         let path = Path::new("CNI_NETNS");
         let gone = |source| NetworkError::Netns { uid: uid.to_owned(), path: path.to_owned(), source };
-        let mut sides = Sides::open(File::from(netns)).map_err(gone)?;
+        let file = File::from(netns);
+        let unlimited = bandwidth::lacks(&lease, &file);
+        let mut sides = Sides::open(file).map_err(gone)?;
         let looked = sides.observe(&want, None);
         let (node, pod) = looked.map_err(|source| NetworkError::Step {
             uid: uid.to_owned(),
@@ -158,6 +166,10 @@ impl Inner {
         let ports = PortsOf { id: uid, host_link: &host_link, ips: &lease.ips, mappings };
         if let Err(error) = self.ports.check(&ports) {
             missing.push(in_full(&error));
+        }
+        match unlimited {
+            Ok(lacks) => missing.extend(lacks),
+            Err(error) => missing.push(in_full(&error)),
         }
         Ok(Checked { missing, pod, ips: lease.ips })
     }
@@ -204,6 +216,7 @@ impl Inner {
         };
         let leases: BTreeMap<String, bool> =
             leases.iter().map(|lease| (lease.uid.clone(), there(lease))).collect();
+        report.repaired.extend(self.restore_ports()?);
         let links = our_links()?;
         if leases.is_empty() && links.is_empty() {
             return Ok(report);
@@ -242,29 +255,20 @@ impl Inner {
 
     /// Leads the node's ports to what runtimes connected, as their leases say: what is in the kernel is of an agent
     /// before this one.
-    pub(super) fn restore_ports(&self) -> Result<(), NetworkError> {
-        let leases = self.state().leases.all();
-        let named: Vec<(&Lease, String)> = leases
-            .iter()
-            .filter(|lease| lease.asked.as_ref().is_some_and(|asked| !asked.ports.is_empty()))
-            .map(|lease| (lease, node_link_name(&lease.uid)))
-            .collect();
-        let all: Vec<PortsOf<'_>> = named
-            .iter()
-            .map(|(lease, host_link)| PortsOf {
-                id: &lease.uid,
-                host_link,
-                ips: &lease.ips,
-                mappings: lease.asked.as_ref().map(|asked| asked.ports.as_slice()).unwrap_or_default(),
-            })
-            .collect();
-        if all.is_empty() {
-            return Ok(());
-        }
-        for said in self.ports.reconcile(&all)? {
-            tracing::info!(said, "host ports");
-        }
-        Ok(())
+    pub(super) fn restore_ports(&self) -> Result<Vec<String>, NetworkError> {
+        let look = || {
+            let state = self.state();
+            let held = |lease: &Lease| Held {
+                id: lease.uid.clone(),
+                host_link: node_link_name(&lease.uid),
+                ips: lease.ips.clone(),
+                mappings: lease.asked.as_ref().map(|asked| asked.ports.clone()).unwrap_or_default(),
+            };
+            let leases = state.leases.all();
+            let idle = leases.iter().filter(|lease| is_cni(&lease.uid) && !state.busy.contains(&lease.uid));
+            (idle.map(held).collect(), state.busy.clone())
+        };
+        self.ports.reconcile(is_cni, look)
     }
 }
 

@@ -12,8 +12,10 @@ use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 
 use super::NetworkError;
+use super::leases::Lease;
 use super::netlink::Connection;
 use super::netlink::bucket::Bucket;
+use super::plan::node_link_name;
 
 /// How long a packet may wait for its turn before the queue is full, milliseconds: enough to keep a stream going,
 /// little enough to keep its answers quick.
@@ -77,6 +79,26 @@ fn bucket(name: &str, bps: u64, burst_bits: u64) -> Result<Option<Bucket>, Strin
     Ok(Some(Bucket { rate, burst, queue: u32::try_from(waiting).unwrap_or(u32::MAX) }))
 }
 
+/// Gives what was connected by a lease the limits that it asked for, if any; says what it had to change, in words.
+pub(super) fn keep(lease: &Lease, netns: &File) -> Result<Vec<String>, NetworkError> {
+    by_lease(lease, netns, Mode::Set)
+}
+
+/// Says what a lease's attachment lacks of the limits that it asked for.
+pub(super) fn lacks(lease: &Lease, netns: &File) -> Result<Vec<String>, NetworkError> {
+    by_lease(lease, netns, Mode::Look)
+}
+
+fn by_lease(lease: &Lease, netns: &File, mode: Mode) -> Result<Vec<String>, NetworkError> {
+    // What others put on a link that nobody asked to limit, such as a plugin after ours, is not ours to judge.
+    let Some(asked) = lease.asked.as_ref().filter(|asked| !asked.bandwidth.is_none()) else {
+        return Ok(Vec::new());
+    };
+    let host_link = node_link_name(&lease.uid);
+    let ends = Ends { id: &lease.uid, host_link: &host_link, netns, ifname: &asked.ifname };
+    both(&ends, &asked.bandwidth, mode)
+}
+
 /// What is to be done at one end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -87,17 +109,6 @@ enum Mode {
 /// Gives an attachment exactly these limits; says what it had to change, in words.
 pub(crate) fn set(ends: &Ends<'_>, limits: &Bandwidth) -> Result<Vec<String>, NetworkError> {
     both(ends, limits, Mode::Set)
-}
-
-/// Fails where an attachment does not have these limits.
-pub(crate) fn check(ends: &Ends<'_>, limits: &Bandwidth) -> Result<(), NetworkError> {
-    if limits.is_none() {
-        return Ok(());
-    }
-    match both(ends, limits, Mode::Look)?.into_iter().next() {
-        None => Ok(()),
-        Some(what) => Err(NetworkError::Gone { id: ends.id.to_owned(), what }),
-    }
 }
 
 fn both(ends: &Ends<'_>, limits: &Bandwidth, mode: Mode) -> Result<Vec<String>, NetworkError> {
@@ -138,7 +149,9 @@ fn one(link: &str, wanted: Option<&Bucket>, mode: Mode) -> io::Result<bool> {
     match (mode, wanted) {
         (Mode::Look, _) => {}
         (Mode::Set, Some(bucket)) => connection.set_bucket(index, bucket)?,
-        (Mode::Set, None) => drop(connection.delete_bucket(index)?),
+        (Mode::Set, None) => {
+            connection.delete_bucket(index)?;
+        }
     }
     Ok(true)
 }

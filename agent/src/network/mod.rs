@@ -3,13 +3,13 @@
 //!
 //! Pods are routed: a veth pair each, /32 and /128 addresses, a link-local gateway behind permanent neighbours; no
 //! bridge, no ARP, no duplicate address detection. Traffic to services is balanced at the socket by the data plane,
-//! not here. Traffic that leaves the pod ranges is not masqueraded yet: pods reach what has a route back to them.
+//! not here.
 
 mod act;
 mod asked;
 mod attachment;
-pub mod cni;
 mod bandwidth;
+pub mod cni;
 mod error;
 mod ipam;
 mod leases;
@@ -274,7 +274,7 @@ impl Inner {
         let gone = |source| NetworkError::Netns { uid: uid.to_owned(), path: netns.path.clone(), source };
         let (_, netns) = Netns::open(&netns.path).map_err(gone)?;
         let host_link = node_link_name(uid);
-        let ends = bandwidth::Ends { id: uid, host_link: &host_link, netns: &netns, ifname: plan::POD_LINK };
+        let ends = bandwidth::Ends { id: uid, host_link: &host_link, netns: &netns, ifname: POD_LINK };
         bandwidth::set(&ends, limits).map(drop)
     }
 
@@ -385,7 +385,10 @@ impl Inner {
                 return Ok(());
             }
         };
-        let done = self.connect(&want(&lease, facts), file, &known.path, Some(rows))?;
+        let gone = |source| NetworkError::Netns { uid: uid.to_owned(), path: known.path.clone(), source };
+        let inside = file.try_clone().map_err(gone)?;
+        let mut done = self.connect(&want(&lease, facts), file, &known.path, Some(rows))?;
+        done.extend(bandwidth::keep(&lease, &inside)?);
         report.repaired.extend(done.into_iter().map(|step| format!("pod {uid}: {step}")));
         Ok(())
     }

@@ -57,7 +57,9 @@ impl Door {
         let (listener, lock) = blocking(move || {
             let bound = bind(&place.socket)?;
             report("calls that waited", drain(&again, &place.spool));
-            again.inner.restore_ports()?;
+            for said in again.inner.restore_ports()? {
+                tracing::info!(said, "host ports");
+            }
             Ok(bound)
         })
         .await?;

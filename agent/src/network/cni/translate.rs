@@ -8,6 +8,7 @@ use sheave_cni::config::{self, Config, mac_text};
 use sheave_cni::result::{Cidr, Dns, Interface, Ip, Outcome, Route};
 use sheave_cni::{Error, code};
 
+use crate::network::Bandwidth;
 use crate::network::asked::{Asked, Demand};
 use crate::network::attachment::Added;
 use crate::network::error::NetworkError;
@@ -83,7 +84,17 @@ pub(super) fn asked(config: &Config, container_id: &str, ifname: &str) -> Asked 
         mac: config.mac,
         mtu: config.mtu.unwrap_or(0),
         ports: config.port_mappings.iter().map(port).collect(),
+        bandwidth: config.bandwidth.map(limits).unwrap_or_default(),
         masquerade: config.ip_masq,
+    }
+}
+
+fn limits(given: config::Bandwidth) -> Bandwidth {
+    Bandwidth {
+        ingress_bps: given.ingress_rate,
+        ingress_burst_bits: given.ingress_burst,
+        egress_bps: given.egress_rate,
+        egress_burst_bits: given.egress_burst,
     }
 }
 

@@ -36,6 +36,19 @@ pub struct PortsOf<'a> {
     pub mappings: &'a [PortMapping],
 }
 
+/// The same, owned.
+#[derive(Debug, Clone)]
+pub(crate) struct Held {
+    /// See [`PortsOf::id`].
+    pub(crate) id: String,
+    /// See [`PortsOf::host_link`].
+    pub(crate) host_link: String,
+    /// See [`PortsOf::ips`].
+    pub(crate) ips: Vec<IpAddr>,
+    /// See [`PortsOf::mappings`].
+    pub(crate) mappings: Vec<PortMapping>,
+}
+
 /// Host ports of this node's attachments. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Ports {
@@ -83,16 +96,25 @@ impl Ports {
         Ok(())
     }
 
-    /// Leads to exactly these attachments' ports, and puts the table back where somebody changed it. Says what was
-    /// repaired or removed, in words. An attachment whose port another one has, or whose mapping is wrong, is said
-    /// too and has none.
-    pub(crate) fn reconcile(&self, all: &[PortsOf<'_>]) -> Result<Vec<String>, NetworkError> {
+    /// Leads to exactly the ports that `look` tells, of the attachments that `concerned` knows by their ids, and puts
+    /// the table back where somebody changed it. `look` runs while nobody else can change host ports; it also tells
+    /// which attachments are being worked on: those keep what they have. Says what was repaired or removed, in words.
+    /// An attachment whose port another one has, or whose mapping is wrong, is said too and has none.
+    pub(crate) fn reconcile(
+        &self,
+        concerned: impl Fn(&str) -> bool,
+        look: impl FnOnce() -> (Vec<Held>, BTreeSet<String>),
+    ) -> Result<Vec<String>, NetworkError> {
         let mut said = Vec::new();
-        let changed = self.nat.change(|desired| {
-            let old = std::mem::take(&mut desired.ports);
-            for of in all {
-                let placed = wanted(of.id, of.ips, of.mappings)
-                    .and_then(|wanted| plan::replace(&mut desired.ports, of.id, &owner(of.id), &wanted));
+        let (changed, all) = self.nat.change(|desired| {
+            let (all, busy) = look();
+            let busy: BTreeSet<String> = busy.iter().map(|id| owner(id)).collect();
+            let old = desired.ports.clone();
+            desired.ports.retain(|_, target| !concerned(&target.owner) || busy.contains(&target.owner));
+            for held in &all {
+                let placed = wanted(&held.id, &held.ips, &held.mappings).and_then(|wanted| {
+                    plan::replace(&mut desired.ports, &held.id, &owner(&held.id), &wanted)
+                });
                 if let Err(error) = placed {
                     said.push(error.to_string());
                 }
@@ -102,16 +124,19 @@ impl Ports {
                 let gone = if desired.ports.get(frontend) == Some(target) { "put back" } else { "removed" };
                 format!("host port {} of {}: {gone}", plan::words(frontend), target.owner)
             }));
-            Ok(changed)
+            Ok((changed, all))
         })?;
         if self.nat.repair()? {
-            said.push("the nftables table sheave-net was changed by somebody else: written anew".to_owned());
+            said.push("the nftables table sheave-net, which somebody else had changed".to_owned());
         }
-        for of in all.iter().filter(|of| !of.mappings.is_empty()) {
-            if wanted(of.id, of.ips, of.mappings).is_ok_and(|wanted| plan::from_loopback(&wanted))
-                && let Err(error) = route_loopback(of.host_link)
-            {
-                said.push(error.to_string());
+        for held in all.iter().filter(|held| !held.mappings.is_empty()) {
+            let looped =
+                wanted(&held.id, &held.ips, &held.mappings).is_ok_and(|all| plan::from_loopback(&all));
+            match if looped { route_loopback(&held.host_link) } else { Ok(false) } {
+                Ok(false) => {}
+                Ok(true) => said.push(format!("{}: loopback addresses on {}", held.id, held.host_link)),
+                // The link is gone, which is somebody else's to repair.
+                Err(error) => tracing::debug!(%error, id = held.id, "host ports on loopback addresses"),
             }
         }
         self.end_wrong_flows(&changed);
@@ -194,8 +219,8 @@ fn local_addresses() -> io::Result<BTreeSet<IpAddr>> {
     Ok(Connection::open()?.addresses()?.into_iter().map(|address| address.ip).collect())
 }
 
-/// Lets packets with loopback addresses through a pod's link.
-fn route_loopback(host_link: &str) -> Result<(), NetworkError> {
+/// Lets packets with loopback addresses through a pod's link; false where it did so already.
+fn route_loopback(host_link: &str) -> Result<bool, NetworkError> {
     let key = format!("net/ipv4/conf/{host_link}/route_localnet");
-    if read_sysctl(&key)? == "1" { Ok(()) } else { write_sysctl(&key, "1") }
+    if read_sysctl(&key)? == "1" { Ok(false) } else { write_sysctl(&key, "1").map(|()| true) }
 }
