@@ -147,6 +147,9 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         let open = open_network(&config).await?;
         let door = Door::open(open.clone(), CniSettings::below(&config.run_dir, &config.state_dir)).await?;
         spawn(&mut tasks, "CNI server", door.serve(shutdown.clone()), &shutdown);
+        if let Some(client) = client {
+            tell_exhaustion(client, &config.node_name, &open, &mut tasks, &shutdown);
+        }
         network = Some(open);
     }
     if let (Some((client, credentials)), Some(network), true) = (&api, &network, config.does(Component::Pods))
@@ -345,6 +348,33 @@ async fn open_network(config: &AgentConfig) -> Result<Network, AgentError> {
         uplinks: config.uplinks.clone(),
     };
     Ok(Network::open(network).await?)
+}
+
+/// Makes an event of the node each time that no address was left for a runtime's container.
+fn tell_exhaustion(
+    client: &Client,
+    node: &str,
+    network: &Network,
+    tasks: &mut JoinSet<Result<(), AgentError>>,
+    shutdown: &CancellationToken,
+) {
+    let (recorder, telling) = events::Recorder::start(client.clone(), node.to_owned(), shutdown.clone());
+    spawn(tasks, "events of the network", telling, shutdown);
+    let (mut exhaustion, name, shutdown) = (network.exhaustion(), node.to_owned(), shutdown.clone());
+    let watching = async move {
+        while exhaustion.changed().await.is_ok() {
+            let message = exhaustion.borrow_and_update().clone();
+            let subject = events::Subject::node(&name);
+            let reason = "PodAddressesExhausted";
+            let note = pod::machine::Note { warning: true, reason, message, container: None };
+            recorder.record(subject, note, false);
+        }
+    };
+    let stop = shutdown.clone();
+    tasks.spawn(async move {
+        tokio::select! { () = watching => {} () = stop.cancelled() => {} }
+        Ok(())
+    });
 }
 
 /// Everything that runs pods, open but idle.

@@ -208,3 +208,7 @@ pub const CNI_ACCEPT_PAUSE_MS: u64 = 20;
 pub const CNI_RECONCILE_PERIOD_S: u64 = 30;
 /// How long the spool's lock is waited for; a plugin holds it for milliseconds.
 pub const CNI_SPOOL_LOCK_TIMEOUT_MS: u64 = 5_000;
+/// How long the removal of a link may take; the kernel is busy then.
+pub const LINK_REMOVE_TIMEOUT_MS: u64 = 5_000;
+/// Links that are removed at once: while they are, nothing else changes in the network.
+pub const LINKS_REMOVED_AT_ONCE_MAX: usize = 256;

@@ -28,6 +28,13 @@ pub struct Subject {
     pub uid: String,
 }
 
+impl Subject {
+    /// The node of that name.
+    pub fn node(name: &str) -> Self {
+        Subject { kind: "Node", namespace: String::new(), name: name.to_owned(), uid: name.to_owned() }
+    }
+}
+
 #[derive(Debug)]
 struct Told {
     subject: Subject,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, setns};
 
 use super::error::NetworkError;
-use super::netlink::{Connection, LinkChange, Neighbour, Route, VethPair};
+use super::netlink::{Connection, LinkChange, MAIN_TABLE, Neighbour, Route, VethPair};
 use super::node::{read_sysctl, write_sysctl};
 use super::plan::{Act, Observed, Side, Step, Want, node_link_name, sysctls};
 use crate::limits;
@@ -54,31 +54,61 @@ impl Hands {
 
     fn observe(&mut self, name: &str, ips: &[IpAddr], all: Option<&NodeRows>) -> io::Result<Observed> {
         let mut seen = Observed::default();
-        if self.side == Side::Pod {
-            seen.loopback_up = self.connection.link("lo")?.is_some_and(|lo| lo.up);
-        }
-        let Some(link) = self.connection.link(name)? else { return Ok(seen) };
+        let link = match self.side {
+            Side::Node => self.connection.link(name)?,
+            Side::Pod => {
+                let links = self.connection.links()?;
+                seen.loopback_up = links.iter().any(|link| link.loopback && link.up);
+                let own = links.iter().find(|link| link.name == name).cloned();
+                let others = links.iter().any(|link| !link.loopback && link.up && link.name != name);
+                // A namespace that has nothing yet, as nearly all have, needs no look at its tables.
+                if others || own.is_some() {
+                    self.observe_ways(own.as_ref().map(|link| link.index), &mut seen)?;
+                }
+                own
+            }
+        };
+        let Some(link) = link else { return Ok(seen) };
         let index = link.index;
         if self.side == Side::Pod {
             let addresses = self.connection.addresses()?.into_iter().filter(|a| a.link == index);
             seen.addresses = addresses.map(|a| a.ip).collect();
+            let neighbours = self.connection.neighbours()?.into_iter().filter(|n| n.link == index);
+            seen.neighbours = neighbours.map(|n| (n.ip, n.mac)).collect();
+        } else {
+            let own;
+            let rows = match all {
+                Some(rows) => rows,
+                None => {
+                    own = NodeRows::read(&mut self.connection)?;
+                    &own
+                }
+            };
+            let routes = rows.routes.iter().filter(|r| r.link == Some(index));
+            seen.routes = routes.map(|r| (r.to, r.via, r.src)).collect();
+            let neighbours = rows.neighbours.iter().filter(|n| n.link == index);
+            seen.neighbours = neighbours.map(|n| (n.ip, n.mac)).collect();
         }
-        let own;
-        let rows = match all {
-            Some(rows) => rows,
-            None => {
-                own = NodeRows::read(&mut self.connection)?;
-                &own
-            }
-        };
-        let routes = rows.routes.iter().filter(|r| r.link == Some(index));
-        seen.routes = routes.map(|r| (r.to, r.via, r.src)).collect();
-        let neighbours = rows.neighbours.iter().filter(|n| n.link == index);
-        seen.neighbours = neighbours.map(|n| (n.ip, n.mac)).collect();
         let settings = sysctls(self.side, name, ips).into_iter();
         seen.sysctls = settings.filter_map(|(key, _)| Some((key.clone(), read_sysctl(&key).ok()?))).collect();
         seen.link = Some(link);
         Ok(seen)
+    }
+
+    /// Routes inside a pod's namespace, those through its link `own` and those past it.
+    fn observe_ways(&mut self, own: Option<u32>, seen: &mut Observed) -> io::Result<()> {
+        for (table, route) in self.connection.routes_of_all_tables()? {
+            let main = table == MAIN_TABLE;
+            if own.is_some() && route.link == own {
+                seen.destinations.push(route.to);
+                if main {
+                    seen.routes.push((route.to, route.via, route.src));
+                }
+            } else if main && route.to.prefix() == 0 {
+                seen.other_way_out = true;
+            }
+        }
+        Ok(())
     }
 
     fn index(&mut self, name: &str) -> io::Result<u32> {
@@ -127,6 +157,13 @@ impl Hands {
                 let neighbour = Neighbour { link: self.index(link)?, ip: *ip, mac: *mac };
                 self.connection.set_neighbour(&neighbour)
             }
+            Act::RouteIn { table, link, to, via } => {
+                let index = self.index(link)?;
+                let route = Route { link: Some(index), to: *to, via: Some(*via), src: None, metric: 0 };
+                self.connection.set_route_in(*table, index, &route)
+            }
+            Act::Rule { ip, table } => self.connection.set_rule(*ip, *table),
+            Act::DeleteRule { ip, table } => self.connection.delete_rule(*ip, *table),
             Act::Route { link, to, via, src } => {
                 let index = self.index(link)?;
                 let route = Route { link: Some(index), to: *to, via: *via, src: *src, metric: 0 };
@@ -190,6 +227,11 @@ impl Sides {
         Ok(Sides { node: Hands::open(Side::Node)?, netns, jobs: Some(jobs), inside: Some(inside) })
     }
 
+    /// The pod's namespace.
+    pub(super) fn netns(&self) -> &File {
+        &self.netns
+    }
+
     fn inside<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut Hands) -> io::Result<T> + Send + 'static,
@@ -202,16 +244,18 @@ impl Sides {
         answer.recv().map_err(|_| stopped())?
     }
 
-    /// What both sides have, the node's first. `rows`, where given, spares looking through the node's tables.
-    pub(super) fn observe(
-        &mut self,
-        want: &Want,
-        rows: Option<&NodeRows>,
-    ) -> io::Result<(Observed, Observed)> {
-        let (ips, ifname) = (want.ips.clone(), want.ifname.clone());
-        let pod = self.inside(move |hands| hands.observe(&ifname, &ips, None))?;
-        let node = self.node.observe(&node_link_name(&want.key), &want.ips, rows)?;
-        Ok((node, pod))
+    /// What the pod's side has, and the number that no other network namespace ever had, where the kernel tells it.
+    pub(super) fn look_inside(&self, ifname: &str, ips: &[IpAddr]) -> io::Result<(Observed, Option<u64>)> {
+        let (ips, ifname) = (ips.to_vec(), ifname.to_owned());
+        self.inside(move |hands| {
+            let seen = hands.observe(&ifname, &ips, None)?;
+            Ok((seen, hands.connection.cookie().ok()))
+        })
+    }
+
+    /// What the node's side has. `rows`, where given, spares looking through the node's tables.
+    pub(super) fn look_at_node(&mut self, want: &Want, rows: Option<&NodeRows>) -> io::Result<Observed> {
+        self.node.observe(&node_link_name(&want.key), &want.ips, rows)
     }
 
     /// Carries out steps in their order; an error comes with the step that failed.

@@ -23,14 +23,18 @@ pub(super) struct Asked {
     pub(super) ifname: String,
     /// The hardware address inside, where one was asked for.
     pub(super) mac: Option<Mac>,
-    /// Of the interface, bytes; 0 until it is connected.
+    /// Of the interface, bytes; 0 follows the way out.
     pub(super) mtu: u32,
+    /// Of the namespace that it was connected in.
+    pub(super) cookie: Option<u64>,
+    /// What is sent from its addresses goes by this table: there was a way out before it.
+    pub(super) table: Option<u32>,
     /// Ports of the node.
     pub(super) ports: Vec<PortMapping>,
     /// How fast it may receive and send.
     pub(super) bandwidth: Bandwidth,
-    /// Whether what leaves the pod ranges gets the node's address, where the network says so.
-    pub(super) masquerade: Option<bool>,
+    /// Ranges whose traffic is to leave with the node's address (`ipMasq`).
+    pub(super) masquerade: Vec<IpNetwork>,
 }
 
 impl Asked {

@@ -11,11 +11,12 @@ use super::act::{NodeRows, Sides};
 use super::asked::{Asked, Demand};
 use super::error::NetworkError;
 use super::leases::{Lease, Netns};
+use super::nat::{Frontend, Target, owner};
 use super::netlink::{Connection, Mac};
-use super::plan::{Observed, Side, Step, is_cni, macs, node_link_name, steps};
-use super::ports::{Held, PortsOf};
+use super::plan::{Act, Observed, Side, Step, is_cni, macs, node_link_name, own_table, steps};
+use super::ports::{Held, PortMapping, PortsOf, Protocol};
 use super::reconcile::{Decision, decide_cni};
-use super::{Facts, Inner, Report, bandwidth, in_full, our_links, remove_link, want};
+use super::{Facts, Inner, Report, bandwidth, in_full, look_failed, open_sides, our_links, want};
 
 /// A container's interface to be connected.
 #[derive(Debug)]
@@ -34,11 +35,13 @@ pub(super) struct Added {
     pub(super) host_mac: Mac,
     pub(super) mac: Mac,
     pub(super) mtu: u32,
+    /// The table that its routes are in, where not the main one.
+    pub(super) table: Option<u32>,
     pub(super) ips: Vec<IpAddr>,
 }
 
 /// What can be told of a runtime's request from its key alone; `None` for pods.
-pub(super) fn asked_of(uid: &str) -> Option<Asked> {
+fn asked_of(uid: &str) -> Option<Asked> {
     let mut parts = uid.splitn(3, '/').map(str::to_owned);
     let (network, container_id, ifname) = (parts.next()?, parts.next()?, parts.next()?);
     Some(Asked { network, container_id, ifname, ..Asked::default() })
@@ -54,24 +57,25 @@ impl Inner {
         let file = File::from(netns);
         let gone = |source| NetworkError::Netns { uid: uid.clone(), path: path.clone(), source };
         let netns = Netns::of(&file, &path).map_err(gone)?;
+        let mut sides = open_sides(&uid, file, &path)?;
+        let (pod, cookie) = sides.look_inside(&asked.ifname, &[]).map_err(look_failed(&uid))?;
         if self.state().facts.sources.len() < self.config.node_ips.len() {
             // An address of the node was not usable yet when it was last looked at.
             self.prepare()?;
         }
+        asked.cookie = cookie;
+        asked.table = pod.other_way_out.then(|| own_table(&asked.ifname));
         let (lease, facts) = {
             let mut state = self.state();
-            let facts = state.facts.clone();
-            if asked.mtu == 0 {
-                asked.mtu = facts.mtu;
-            }
-            (state.leases.make(&uid, &demand, &netns, Some(asked))?, facts)
+            (state.leases.make(&uid, &demand, &netns, Some(asked))?, state.facts.clone())
         };
-        match self.connect_all(&lease, facts, file, &path) {
+        match self.connect_all(&lease, facts, &mut sides, &pod) {
             Ok(added) => {
                 self.state().connected.insert(uid);
                 Ok(added)
             }
             Err(error) => {
+                drop(sides);
                 self.undo(&uid, &error);
                 Err(error)
             }
@@ -82,26 +86,25 @@ impl Inner {
         &self,
         lease: &Lease,
         facts: Facts,
-        netns: File,
-        path: &Path,
+        sides: &mut Sides,
+        pod: &Observed,
     ) -> Result<Added, NetworkError> {
         let mut want = want(lease, facts);
         // What is there now is nobody's of ours, whatever it looks like.
         want.theirs = false;
-        let inside = netns.try_clone().map_err(|source| NetworkError::Netns {
-            uid: lease.uid.clone(),
-            path: path.to_owned(),
-            source,
-        })?;
-        self.connect(&want, netns, path, None)?;
-        bandwidth::keep(lease, &inside)?;
+        if pod.link.is_some() {
+            return Err(NetworkError::PodLinkTaken { uid: want.key, ifname: want.ifname });
+        }
+        self.lead(sides, &want, pod, None)?;
+        bandwidth::keep(lease, sides.netns())?;
+        self.masquerade_asked()?;
         let host_link = node_link_name(&lease.uid);
         let mappings = lease.asked.as_ref().map(|asked| asked.ports.as_slice()).unwrap_or_default();
         let ips = &lease.ips;
         self.ports.set(&PortsOf { id: &lease.uid, host_link: &host_link, ips, mappings })?;
         let (host_mac, own) = macs(&lease.uid);
         let mac = want.mac.unwrap_or(own);
-        Ok(Added { host_link, host_mac, mac, mtu: want.mtu, ips: lease.ips.clone() })
+        Ok(Added { host_link, host_mac, mac, mtu: want.mtu, table: want.table, ips: lease.ips.clone() })
     }
 
     /// Fails where the attachment is there. A lease without a link is what an agent that was killed left behind.
@@ -121,10 +124,11 @@ impl Inner {
     fn undo(&self, uid: &str, why: &NetworkError) {
         // The link of that name belongs to somebody else.
         let foreign = matches!(why, NetworkError::NodeLinkTaken { .. });
+        self.clear_rules(uid);
         let undone = self
             .ports
             .clear(uid)
-            .and_then(|()| if foreign { Ok(false) } else { remove_link(&node_link_name(uid)) })
+            .and_then(|()| if foreign { Ok(false) } else { self.doom.remove(&node_link_name(uid)) })
             .and_then(|_| self.state().leases.cancel(uid));
         if let Err(error) = undone {
             tracing::warn!(uid, error = in_full(&error), "what a failed ADD made is still there");
@@ -146,17 +150,10 @@ impl Inner {
             });
         };
         let want = want(&lease, facts);
-        let path = Path::new("CNI_NETNS");
-        let gone = |source| NetworkError::Netns { uid: uid.to_owned(), path: path.to_owned(), source };
-        let file = File::from(netns);
-        let unlimited = bandwidth::lacks(&lease, &file);
-        let mut sides = Sides::open(file).map_err(gone)?;
-        let looked = sides.observe(&want, None);
-        let (node, pod) = looked.map_err(|source| NetworkError::Step {
-            uid: uid.to_owned(),
-            step: "look at its links".to_owned(),
-            source,
-        })?;
+        let mut sides = open_sides(uid, File::from(netns), Path::new("CNI_NETNS"))?;
+        let unlimited = bandwidth::lacks(&lease, sides.netns());
+        let (pod, _) = sides.look_inside(&want.ifname, &want.ips).map_err(look_failed(uid))?;
+        let node = sides.look_at_node(&want, None).map_err(look_failed(uid))?;
         let mut missing: Vec<String> = match steps(&want, &node, &pod) {
             Ok(steps) => steps.iter().filter(|step| is_lack(step)).map(|step| format!("to {step}")).collect(),
             Err(_) => vec![format!("{} is another link now", want.ifname)],
@@ -216,26 +213,61 @@ impl Inner {
         };
         let leases: BTreeMap<String, bool> =
             leases.iter().map(|lease| (lease.uid.clone(), there(lease))).collect();
-        report.repaired.extend(self.restore_ports()?);
         let links = our_links()?;
-        if leases.is_empty() && links.is_empty() {
-            return Ok(report);
+        if !leases.is_empty() || !links.is_empty() {
+            self.carry_out_all(&decide_cni(&links, &leases, &self.state().busy.clone()), &mut report)?;
         }
-        let busy = self.state().busy.clone();
+        // Last: what was adopted has its ports from the table.
+        report.repaired.extend(self.restore_ports()?);
+        Ok(report)
+    }
+
+    fn carry_out_all(&self, decisions: &[Decision], report: &mut Report) -> Result<(), NetworkError> {
         let rows = NodeRows::take().map_err(|source| NetworkError::Netlink {
             op: "list routes and neighbours".to_owned(),
             source,
         })?;
-        for decision in decide_cni(&links, &leases, &busy) {
-            let done = match &decision {
-                Decision::Release { uid } => self.release_dead(uid, &mut report),
-                other => self.carry_out(other, &rows, &mut report),
+        for decision in decisions {
+            let done = match decision {
+                Decision::Release { uid } => self.release_dead(uid, report),
+                other => self.carry_out(other, &rows, report),
+            };
+            let done = match (done, decision) {
+                // What was there is gone, and its place has been taken.
+                (Err(NetworkError::OtherNetns { .. }), Decision::Check { uid }) => {
+                    self.release_dead(uid, report)
+                }
+                (done, _) => done,
             };
             if let Err(error) = done {
                 report.failed.push(in_full(&error));
             }
         }
-        Ok(report)
+        Ok(())
+    }
+
+    /// Takes back the rules of an interface beside others, which don't go with it. Where the namespace is gone they are
+    /// too; and what stays leads to an address that nobody has.
+    pub(super) fn clear_rules(&self, uid: &str) {
+        let lease = self.state().leases.get(uid).cloned();
+        let Some((lease, table)) = lease.and_then(|lease| {
+            let table = lease.asked.as_ref()?.table?;
+            Some((lease, table))
+        }) else {
+            return;
+        };
+        let Some(Ok((now, file))) = lease.netns.as_ref().map(|known| Netns::open(&known.path)) else {
+            return;
+        };
+        if Some(&now) != lease.netns.as_ref() {
+            return;
+        }
+        let step = |ip: &IpAddr| Step { side: Side::Pod, act: Act::DeleteRule { ip: *ip, table } };
+        let steps: Vec<Step> = lease.ips.iter().map(step).collect();
+        let done = open_sides(uid, file, &now.path).map(|mut sides| sides.apply(&steps));
+        if let Ok(Err((step, error))) = done {
+            tracing::debug!(uid, %step, %error, "left in the namespace");
+        }
     }
 
     /// Once more under the attachment's own lock: a namespace may have been connected meanwhile.
@@ -253,9 +285,42 @@ impl Inner {
         Ok(())
     }
 
+    /// Lets the ranges of all networks that ask for it leave with the node's address, and no others. Ranges stay for as
+    /// long as anybody is connected to the network.
+    pub(super) fn masquerade_asked(&self) -> Result<(), NetworkError> {
+        let wanted = self.state().leases.masquerade();
+        if self.nat.read(|desired| desired.asked == wanted)? {
+            return Ok(());
+        }
+        self.nat.change(|desired| {
+            desired.asked = wanted;
+            Ok(())
+        })
+    }
+
+    /// What a runtime asked for, as far as the attachment's name and the table of host ports tell; `None` for pods.
+    pub(super) fn recover(&self, uid: &str) -> Result<Option<Asked>, NetworkError> {
+        let Some(mut asked) = asked_of(uid) else { return Ok(None) };
+        let owner = owner(uid);
+        asked.ports = self.nat.read(|desired| {
+            let of_it = desired.ports.iter().filter(|(_, target)| target.owner == owner);
+            let mapping = |(frontend, target): (&Frontend, &Target)| {
+                Some(PortMapping {
+                    host_port: frontend.port,
+                    container_port: target.port,
+                    protocol: Protocol::of_number(frontend.protocol)?,
+                    host_ip: Some(frontend.ip),
+                })
+            };
+            of_it.filter_map(mapping).collect()
+        })?;
+        Ok(Some(asked))
+    }
+
     /// Leads the node's ports to what runtimes connected, as their leases say: what is in the kernel is of an agent
     /// before this one.
     pub(super) fn restore_ports(&self) -> Result<Vec<String>, NetworkError> {
+        self.masquerade_asked()?;
         let look = || {
             let state = self.state();
             let held = |lease: &Lease| Held {
@@ -283,7 +348,6 @@ pub(super) struct Checked {
 
 /// Settings may be tuned by others; links, addresses and routes may not go.
 fn is_lack(step: &Step) -> bool {
-    use super::plan::Act;
     match &step.act {
         Act::Sysctl { .. } | Act::AwaitRunning { .. } | Act::AwaitLocal { .. } => false,
         Act::SetLink { name, .. } => step.side == Side::Node && name != "lo",

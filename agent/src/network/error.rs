@@ -95,6 +95,14 @@ pub enum NetworkError {
         /// Why not.
         source: io::Error,
     },
+    /// Another namespace has taken the place of the one that was connected.
+    #[error("pod {uid}: {} is another network namespace now", path.display())]
+    OtherNetns {
+        /// The pod.
+        uid: String,
+        /// Where it was.
+        path: PathBuf,
+    },
     /// The namespace has a link of that name already.
     #[error(
         "pod {uid}: its network namespace has an {ifname} that is not ours; remove what else connects this pod"

@@ -5,7 +5,7 @@
 //! as long as the kernel that holds the page cache runs. Leases carry the boot they belong to, and those of another
 //! one are dropped on opening.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::IpAddr;
@@ -175,6 +175,12 @@ impl Leases {
     /// Every lease, ordered by uid.
     pub(super) fn all(&self) -> Vec<Lease> {
         self.by_uid.values().cloned().collect()
+    }
+
+    /// Ranges whose traffic anybody's network wants to leave with the node's address.
+    pub(super) fn masquerade(&self) -> BTreeSet<IpNetwork> {
+        let asked = self.by_uid.values().filter_map(|lease| lease.asked.as_ref());
+        asked.flat_map(|asked| asked.masquerade.iter().copied()).collect()
     }
 
     /// The pod's lease.

@@ -10,6 +10,7 @@ mod asked;
 mod attachment;
 mod bandwidth;
 pub mod cni;
+mod doom;
 mod error;
 mod ipam;
 mod leases;
@@ -34,6 +35,7 @@ pub use node::{NodeAddresses, node_addresses};
 pub use ports::{PortMapping, PortsOf, Protocol};
 
 use act::{NodeRows, Sides};
+use doom::Doom;
 use leases::{Lease, Leases, Netns, check_uid};
 use nat::Nat;
 use netlink::Connection;
@@ -42,7 +44,7 @@ pub(crate) use netlink::{
 };
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;
-use plan::{Conflict, POD_LINK, Want, is_cni, is_node_link, node_link_name};
+use plan::{Conflict, Observed, POD_LINK, Want, is_cni, is_node_link, node_link_name};
 use ports::Ports;
 use reconcile::{Decision, OurLink};
 
@@ -104,6 +106,9 @@ struct Inner {
     turn: Mutex<()>,
     /// Signalled when a pod is no longer worked on.
     idle: Condvar,
+    /// Which range had no address left for whom, each time.
+    exhausted: Told,
+    doom: Doom,
     /// Host ports and masquerading.
     nat: Nat,
     /// Host ports of the attachments.
@@ -118,7 +123,12 @@ struct State {
     /// Pods that this process connected and has not disconnected.
     connected: BTreeSet<String>,
     facts: Facts,
+    /// Why pods that are there can't reach others, where that is so.
+    impaired: Option<String>,
 }
+
+/// Tells whoever listens, also when nobody does.
+type Told = tokio::sync::watch::Sender<String>;
 
 /// What every pod's plan needs of the node.
 #[derive(Debug, Clone, Default)]
@@ -168,6 +178,16 @@ impl Network {
         blocking(move || inner.reconcile(&live)).await
     }
 
+    /// Changes each time that no address was left for what a runtime wanted to connect, to why.
+    pub fn exhaustion(&self) -> tokio::sync::watch::Receiver<String> {
+        self.inner.exhausted.subscribe()
+    }
+
+    /// Tells runtimes that pods which are there can't reach others, and why; `None` when they can again.
+    pub fn set_impaired(&self, why: Option<String>) {
+        self.inner.state().impaired = why;
+    }
+
     /// The pod's addresses, if it has a lease; IPv4 first.
     pub fn addresses(&self, uid: &str) -> Option<Vec<IpAddr>> {
         self.inner.state().leases.get(uid).map(|lease| lease.ips.clone())
@@ -193,12 +213,18 @@ impl Inner {
         for what in dropped {
             tracing::info!(what, "dropped a lease");
         }
-        let state =
-            State { leases, busy: BTreeSet::new(), connected: BTreeSet::new(), facts: Facts::default() };
+        let state = State {
+            leases,
+            busy: BTreeSet::new(),
+            connected: BTreeSet::new(),
+            facts: Facts::default(),
+            impaired: None,
+        };
         let nat = Nat::default();
         let ports = Ports::new(nat.clone());
         let (turn, idle) = (Mutex::new(()), Condvar::new());
-        let inner = Inner { config, state: Mutex::new(state), turn, idle, nat, ports };
+        let (doom, exhausted) = (Doom::new(), Told::default());
+        let inner = Inner { config, state: Mutex::new(state), turn, idle, exhausted, doom, nat, ports };
         for what in inner.prepare()? {
             tracing::info!(what, "set for routing pods");
         }
@@ -283,11 +309,17 @@ impl Inner {
         let _working = self.begin(uid);
         // While the link is there, so that nobody who comes by a port meets another pod with the same address.
         self.ports.clear(uid)?;
+        self.clear_rules(uid);
         // Whatever happens now: what is left is a leftover.
         self.state().connected.remove(uid);
-        remove_link(&node_link_name(uid))?;
-        self.state().leases.release(uid)?;
-        Ok(())
+        self.doom.remove(&node_link_name(uid))?;
+        let masqueraded = {
+            let mut state = self.state();
+            let ranges = state.leases.masquerade();
+            state.leases.release(uid)?;
+            ranges != state.leases.masquerade()
+        };
+        if masqueraded { self.masquerade_asked() } else { Ok(()) }
     }
 
     fn reconcile(&self, live: &BTreeSet<String>) -> Result<Report, NetworkError> {
@@ -326,7 +358,7 @@ impl Inner {
                 if owner.as_ref().is_some_and(|uid| self.state().connected.contains(uid)) {
                     return Ok(());
                 }
-                if remove_link(name)? {
+                if self.doom.remove(name)? {
                     let owner = owner.as_deref().unwrap_or("nobody knows which");
                     report.removed.push(format!("link {name} of pod {owner}"));
                 }
@@ -344,6 +376,7 @@ impl Inner {
             Decision::Adopt { uid, link } => {
                 let _working = self.begin(uid);
                 let ips = self.routed_to(link, uid)?;
+                let asked = self.recover(uid)?;
                 let mut state = self.state();
                 let taken = ips.iter().find_map(|ip| state.leases.holder(*ip));
                 if let Some(other) = taken.filter(|other| other != uid) {
@@ -351,7 +384,7 @@ impl Inner {
                 } else if ips.is_empty() {
                     report.broken.push((uid.clone(), "it has neither a lease nor an address".to_owned()));
                 } else {
-                    state.leases.adopt(uid, ips, attachment::asked_of(uid))?;
+                    state.leases.adopt(uid, ips, asked)?;
                     report.repaired.push(format!("pod {uid}: lease from the kernel's routes"));
                 }
             }
@@ -401,18 +434,28 @@ impl Inner {
         path: &Path,
         rows: Option<&NodeRows>,
     ) -> Result<Vec<String>, NetworkError> {
+        let mut sides = open_sides(&want.key, netns, path)?;
+        let (pod, cookie) = sides.look_inside(&want.ifname, &want.ips).map_err(look_failed(&want.key))?;
+        if want.cookie.is_some() && cookie.is_some() && want.cookie != cookie {
+            return Err(NetworkError::OtherNetns { uid: want.key.clone(), path: path.to_owned() });
+        }
+        self.lead(&mut sides, want, &pod, rows)
+    }
+
+    /// The rest of [`Inner::connect`], from what the pod's side has.
+    fn lead(
+        &self,
+        sides: &mut Sides,
+        want: &Want,
+        pod: &Observed,
+        rows: Option<&NodeRows>,
+    ) -> Result<Vec<String>, NetworkError> {
         let uid = || want.key.clone();
-        let mut sides = Sides::open(netns).map_err(|source| NetworkError::Netns {
-            uid: uid(),
-            path: path.to_owned(),
-            source,
-        })?;
         // One at a time: the kernel has one lock for all of this, and threads that fight for it keep the kernel's own
         // tasks, which are waited for below, from getting it.
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let look = |source| NetworkError::Step { uid: uid(), step: "look at its links".to_owned(), source };
-        let (node, pod) = sides.observe(want, rows).map_err(look)?;
-        let steps = plan::steps(want, &node, &pod).map_err(|conflict| match conflict {
+        let node = sides.look_at_node(want, rows).map_err(look_failed(&want.key))?;
+        let steps = plan::steps(want, &node, pod).map_err(|conflict| match conflict {
             Conflict::PodLink => NetworkError::PodLinkTaken { uid: uid(), ifname: want.ifname.clone() },
             Conflict::NodeLink(link) => NetworkError::NodeLinkTaken { uid: uid(), link },
         })?;
@@ -436,6 +479,17 @@ impl Inner {
     }
 }
 
+/// Enters the namespace of an attachment.
+fn open_sides(uid: &str, netns: std::fs::File, path: &Path) -> Result<Sides, NetworkError> {
+    let fail = |source| NetworkError::Netns { uid: uid.to_owned(), path: path.to_owned(), source };
+    Sides::open(netns).map_err(fail)
+}
+
+fn look_failed(uid: &str) -> impl FnOnce(std::io::Error) -> NetworkError {
+    let uid = uid.to_owned();
+    move |source| NetworkError::Step { uid, step: "look at its links".to_owned(), source }
+}
+
 /// What an attachment with this lease has.
 fn want(lease: &Lease, facts: Facts) -> Want {
     let asked = lease.asked.as_ref();
@@ -444,6 +498,8 @@ fn want(lease: &Lease, facts: Facts) -> Want {
         ifname: asked.map_or_else(|| POD_LINK.to_owned(), |asked| asked.ifname.clone()),
         mac: asked.and_then(|asked| asked.mac),
         theirs: asked.is_some(),
+        table: asked.and_then(|asked| asked.table),
+        cookie: asked.and_then(|asked| asked.cookie),
         ips: lease.ips.clone(),
         sources: facts.sources,
         mtu: asked.map(|asked| asked.mtu).filter(|mtu| *mtu > 0).unwrap_or(facts.mtu),
@@ -466,12 +522,6 @@ impl Drop for Working<'_> {
         self.inner.state().busy.remove(&self.uid);
         self.inner.idle.notify_all();
     }
-}
-
-fn remove_link(name: &str) -> Result<bool, NetworkError> {
-    Connection::open()
-        .and_then(|mut connection| connection.delete_link(name))
-        .map_err(|source| NetworkError::Netlink { op: format!("remove link {name}"), source })
 }
 
 fn our_links() -> Result<Vec<OurLink>, NetworkError> {

@@ -18,6 +18,8 @@ pub(crate) const NODE_LINK_PREFIX: &str = "shv";
 const POD_ALIAS: &str = "sheave pod ";
 /// The same for attachments that runtimes asked for; their key follows.
 const CNI_ALIAS: &str = "sheave cni ";
+/// First of the tables that [`own_table`] gives.
+const OWN_TABLES: u32 = 0x5348_0000;
 /// Longest alias that the kernel takes, bytes.
 const ALIAS_BYTES_MAX: usize = 255;
 /// A pod's gateways. Nobody has these addresses: a permanent neighbour leads to the node's end of the pair.
@@ -89,6 +91,10 @@ pub(super) struct Want {
     pub(super) mac: Option<Mac>,
     /// Others may have changed what is inside since it was made: it is left as it is while the pair is whole.
     pub(super) theirs: bool,
+    /// The namespace had a way out before: what is sent from these addresses gets a table of its own.
+    pub(super) table: Option<u32>,
+    /// The namespace must be the one with this number.
+    pub(super) cookie: Option<u64>,
     /// The pod's addresses.
     pub(super) ips: Vec<IpAddr>,
     /// Addresses that the node has and sends to its pods from, at most one a family.
@@ -113,6 +119,10 @@ pub(super) struct Observed {
     /// Destination, gateway, preferred source.
     pub(super) routes: Vec<(IpNetwork, Option<IpAddr>, Option<IpAddr>)>,
     pub(super) neighbours: Vec<(IpAddr, Mac)>,
+    /// Destinations of routes through the pod's end, whatever table they are in.
+    pub(super) destinations: Vec<IpNetwork>,
+    /// The pod's namespace has a default route through another link.
+    pub(super) other_way_out: bool,
     /// Values of [`sysctls`], where they could be read.
     pub(super) sysctls: BTreeMap<String, String>,
 }
@@ -145,6 +155,12 @@ pub(super) enum Act {
     Neighbour { link: String, ip: IpAddr, mac: Mac },
     /// Makes a route.
     Route { link: String, to: IpNetwork, via: Option<IpAddr>, src: Option<IpAddr> },
+    /// Makes a route in a table of its own.
+    RouteIn { table: u32, link: String, to: IpNetwork, via: IpAddr },
+    /// Sends what is from an address by that table.
+    Rule { ip: IpAddr, table: u32 },
+    /// Takes such a rule away.
+    DeleteRule { ip: IpAddr, table: u32 },
 }
 
 impl fmt::Display for Step {
@@ -162,6 +178,11 @@ impl fmt::Display for Step {
             Act::AwaitLocal { ip } => write!(f, "wait for address {ip}"),
             Act::Address { link, ip } => write!(f, "add address {ip} to {link}"),
             Act::Neighbour { link, ip, .. } => write!(f, "add neighbour {ip} to {link}"),
+            Act::RouteIn { table, link, to, via } => {
+                write!(f, "add route {to} via {via} to {link} in table {table}")
+            }
+            Act::Rule { ip, table } => write!(f, "send what is from {ip} by table {table}"),
+            Act::DeleteRule { ip, table } => write!(f, "no longer send what is from {ip} by table {table}"),
             Act::Route { link, to, via: None, .. } => write!(f, "add route {to} to {link}"),
             Act::Route { link, to, via: Some(via), .. } => write!(f, "add route {to} via {via} to {link}"),
         }?;
@@ -214,6 +235,13 @@ pub(super) fn steps(want: &Want, node: &Observed, pod: &Observed) -> Result<Vec<
     let leave = whole && want.theirs;
     if !leave {
         pod_steps(want, pod, mac, &mut step);
+    } else if let (Some(node), Some(pod)) = (&node.link, &pod.link)
+        && node.mtu == pod.mtu
+        && pod.mtu != want.mtu
+    {
+        // Nobody else has changed it: it follows the way out.
+        let (name, mtu) = (want.ifname.clone(), Some(want.mtu));
+        step(Side::Pod, Act::SetLink { name, alias: None, mtu });
     }
     node_steps(want, node, &name, peer_mac, &mut step);
     // Only with both ends up there is a carrier, and what is sent before the kernel has noticed it is dropped.
@@ -264,10 +292,23 @@ fn pod_steps(want: &Want, pod: &Observed, gateway_mac: Mac, step: &mut impl FnMu
             step(Side::Pod, Act::Neighbour { link: link(), ip: gateway, mac: gateway_mac });
         }
         let to = everything(ip);
-        if !pod.routes.contains(&(to, Some(gateway), None)) {
-            step(Side::Pod, Act::Route { link: link(), to, via: Some(gateway), src: None });
+        match want.table {
+            Some(table) => step(Side::Pod, Act::RouteIn { table, link: link(), to, via: gateway }),
+            None if !pod.routes.contains(&(to, Some(gateway), None)) => {
+                step(Side::Pod, Act::Route { link: link(), to, via: Some(gateway), src: None });
+            }
+            None => {}
         }
     }
+    if let Some(table) = want.table {
+        want.ips.iter().for_each(|ip| step(Side::Pod, Act::Rule { ip: *ip, table }));
+    }
+}
+
+/// The table of an interface beside others: its own for each name, and nobody's by default.
+pub(super) fn own_table(ifname: &str) -> u32 {
+    let hash = Sha256::digest(ifname.as_bytes());
+    OWN_TABLES | u32::from(hash[0]) << 8 | u32::from(hash[1])
 }
 
 /// The first address of each family.
@@ -361,6 +402,8 @@ mod tests {
             ifname: POD_LINK.to_owned(),
             mac: None,
             theirs: false,
+            table: None,
+            cookie: None,
             ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             sources: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
             mtu: 1450,
@@ -413,6 +456,9 @@ mod tests {
                 Act::AwaitLocal { ip } => assert!(side.addresses.contains(ip), "waits for ever"),
                 Act::Address { ip, .. } => side.addresses.push(*ip),
                 Act::Neighbour { ip, mac, .. } => side.neighbours.push((*ip, *mac)),
+                Act::RouteIn { to, .. } => side.destinations.push(*to),
+                Act::Rule { ip, .. } => assert!(side.addresses.contains(ip)),
+                Act::DeleteRule { .. } => {}
                 Act::Route { to, via, src, .. } => {
                     assert!(side.link.as_ref().is_some_and(|link| link.up), "routes need a link that is up");
                     side.routes.retain(|route| route.0 != *to);
@@ -505,6 +551,33 @@ mod tests {
         let (mut node, mut pod) = (Observed::default(), Observed::default());
         apply(&again, &mut node, &mut pod);
         assert_eq!(pod.routes.len(), 1);
+    }
+
+    #[test]
+    fn a_second_way_out_has_a_table_of_its_own() {
+        let mut want = want(&["10.244.0.5", "fd00:244::5"]);
+        want.table = Some(own_table("net1"));
+        let (mut node, mut pod) = (Observed::default(), Observed::default());
+        let all = steps(&want, &node, &pod).unwrap();
+        apply(&all, &mut node, &mut pod);
+        assert_eq!((pod.routes.len(), pod.destinations.len()), (0, 2));
+        assert_eq!(all.iter().filter(|step| matches!(step.act, Act::Rule { .. })).count(), 2);
+        assert_ne!(own_table("net1"), own_table("net2"));
+    }
+
+    #[test]
+    fn the_mtu_is_followed_unless_others_set_it() {
+        let mut want = want(&["10.244.0.5"]);
+        let (mut node, mut pod) = (Observed::default(), Observed::default());
+        apply(&steps(&want, &node, &pod).unwrap(), &mut node, &mut pod);
+        (want.theirs, want.mtu) = (true, 1400);
+        let inside = |pod: &Observed| {
+            let steps = steps(&want, &node, pod).unwrap();
+            steps.iter().filter(|step| step.side == Side::Pod).count()
+        };
+        assert_eq!(inside(&pod), 1);
+        pod.link.as_mut().unwrap().mtu = 1300;
+        assert_eq!(inside(&pod), 0);
     }
 
     #[test]

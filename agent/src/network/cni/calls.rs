@@ -68,15 +68,17 @@ fn given(request: &Request) -> Result<Option<Outcome>, Error> {
 
 fn add(inner: &Inner, request: &Request, config: &Config, netns: OwnedFd) -> Result<Value, Error> {
     let given = given(request)?;
+    let ranges = &inner.config.pod_cidrs;
     let ask = Ask {
-        asked: translate::asked(config, &request.container_id, &request.ifname),
-        demand: translate::demand(config, given.as_ref(), &inner.config.pod_cidrs)?,
+        asked: translate::asked(config, given.as_ref(), ranges, &request.container_id, &request.ifname),
+        demand: translate::demand(config, given.as_ref(), ranges)?,
         path: PathBuf::from(&request.netns),
         netns,
     };
     let added = inner.add(ask).map_err(|error| {
         if let NetworkError::RangeExhausted { .. } = &error {
             tracing::warn!(%error, "no address for a container");
+            inner.exhausted.send_replace(error.to_string());
         }
         translate::error(&error)
     })?;
@@ -104,7 +106,10 @@ fn status(inner: &Inner, config: &Config) -> Result<(), Error> {
         let demand = translate::demand(config, None, &inner.config.pod_cidrs)?;
         inner.state().leases.could_meet(&demand).map_err(unavailable)?;
     }
-    Ok(())
+    match &inner.state().impaired {
+        Some(why) => Err(Error::new(code::LIMITED, format!("containers can't reach all others: {why}"))),
+        None => Ok(()),
+    }
 }
 
 fn gc(inner: &Inner, config: &Config) -> Result<(), Error> {

@@ -21,7 +21,7 @@ use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use super::{Network, NetworkError, blocking};
+use super::{Network, NetworkError, Report, blocking};
 use crate::limits;
 
 /// Where runtimes' calls come in.
@@ -57,9 +57,8 @@ impl Door {
         let (listener, lock) = blocking(move || {
             let bound = bind(&place.socket)?;
             report("calls that waited", drain(&again, &place.spool));
-            for said in again.inner.restore_ports()? {
-                tracing::info!(said, "host ports");
-            }
+            // Before anybody gets an address: one whose lease was lost may be in use.
+            say(&again.inner.reconcile_attachments()?);
             Ok(bound)
         })
         .await?;
@@ -145,21 +144,23 @@ async fn look_after(network: Network, spool: PathBuf) {
     })
     .await;
     match done {
-        Ok(report) => {
-            for removed in &report.removed {
-                tracing::info!(removed, "left over in the pod network");
-            }
-            for repaired in &report.repaired {
-                tracing::warn!(repaired, "missing from the pod network");
-            }
-            for (key, why) in &report.broken {
-                tracing::error!(key, why, "a container has no network");
-            }
-            for failed in &report.failed {
-                tracing::error!(failed, "reconciling what runtimes connected");
-            }
-        }
+        Ok(report) => say(&report),
         Err(error) => tracing::error!(error = super::in_full(&error), "reconciling what runtimes connected"),
+    }
+}
+
+fn say(report: &Report) {
+    for removed in &report.removed {
+        tracing::info!(removed, "left over in the pod network");
+    }
+    for repaired in &report.repaired {
+        tracing::warn!(repaired, "missing from the pod network");
+    }
+    for (key, why) in &report.broken {
+        tracing::error!(key, why, "a container has no network");
+    }
+    for failed in &report.failed {
+        tracing::error!(failed, "reconciling what runtimes connected");
     }
 }
 

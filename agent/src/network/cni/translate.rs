@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use sheave_cni::config::{self, Config, mac_text};
 use sheave_cni::result::{Cidr, Dns, Interface, Ip, Outcome, Route};
-use sheave_cni::{Error, code};
+use sheave_cni::{Error, Version, code};
 
 use crate::network::Bandwidth;
 use crate::network::asked::{Asked, Demand};
@@ -29,7 +29,7 @@ pub(super) fn error(error: &NetworkError) -> Error {
         | NetworkError::PodLinkTaken { .. }
         | NetworkError::NodeLinkTaken { .. }
         | NetworkError::HostPortTaken { .. } => code::TAKEN,
-        NetworkError::Netns { .. } => code::BAD_NETNS,
+        NetworkError::Netns { .. } | NetworkError::OtherNetns { .. } => code::BAD_NETNS,
         NetworkError::Io { .. } => code::IO,
         _ => code::KERNEL,
     };
@@ -65,8 +65,34 @@ pub(super) fn demand(
     Ok(Demand { sets, ips, chosen: false })
 }
 
+/// Ranges whose traffic the network wants to leave with the node's address.
+fn masquerade(config: &Config, given: Option<&Outcome>, ranges: &[IpNetwork]) -> Vec<IpNetwork> {
+    if config.ip_masq != Some(true) {
+        return Vec::new();
+    }
+    let subnet = |net: IpNetwork| IpNetwork::new(net.network(), net.prefix()).ok();
+    let own = config.ranges.iter().flatten().filter_map(|range| network(range.subnet));
+    let given = given.into_iter().flat_map(|given| &given.ips).filter_map(|ip| network(ip.address));
+    let mut all: Vec<IpNetwork> = match given.filter_map(subnet).collect::<Vec<_>>() {
+        none if none.is_empty() => own.filter_map(subnet).collect(),
+        given => given,
+    };
+    if all.is_empty() {
+        all = ranges.to_vec();
+    }
+    all.sort();
+    all.dedup();
+    all
+}
+
 /// What is asked for beside addresses.
-pub(super) fn asked(config: &Config, container_id: &str, ifname: &str) -> Asked {
+pub(super) fn asked(
+    config: &Config,
+    given: Option<&Outcome>,
+    ranges: &[IpNetwork],
+    container_id: &str,
+    ifname: &str,
+) -> Asked {
     let port = |mapping: &config::PortMapping| PortMapping {
         host_port: mapping.host_port,
         container_port: mapping.container_port,
@@ -83,9 +109,11 @@ pub(super) fn asked(config: &Config, container_id: &str, ifname: &str) -> Asked 
         ifname: ifname.to_owned(),
         mac: config.mac,
         mtu: config.mtu.unwrap_or(0),
+        cookie: None,
+        table: None,
         ports: config.port_mappings.iter().map(port).collect(),
         bandwidth: config.bandwidth.map(limits).unwrap_or_default(),
-        masquerade: config.ip_masq,
+        masquerade: masquerade(config, given, ranges),
     }
 }
 
@@ -125,9 +153,13 @@ pub(super) fn outcome(
     outcome.ips.extend(added.ips.iter().map(ip));
     let route = |ip: IpAddr| {
         let to = everything(ip);
-        Route { dst: Cidr { ip: to.ip(), prefix: to.prefix() }, gw: Some(gateway(ip)), more: Vec::new() }
+        let more = added.table.map(|table| ("table".to_owned(), table)).into_iter().collect();
+        Route { dst: Cidr { ip: to.ip(), prefix: to.prefix() }, gw: Some(gateway(ip)), more }
     };
-    outcome.routes.extend(of_each_family(&added.ips).map(route));
+    // Before tables could be named, a route in one of its own would look like one that takes everything.
+    if added.table.is_none() || config.head.version >= Version::V1_1_0 {
+        outcome.routes.extend(of_each_family(&added.ips).map(route));
+    }
     outcome.dns = dns(config, given, outcome.dns);
     outcome
 }
@@ -166,6 +198,7 @@ mod tests {
             host_mac: [2, 0, 0, 0, 0, 0],
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1450,
+            table: None,
             ips: vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()],
         }
     }
@@ -217,6 +250,24 @@ mod tests {
         let chosen = of(json!({}), Some(&given)).unwrap();
         assert!(chosen.chosen && chosen.sets.is_empty() && chosen.ips.len() == 1);
         assert!(of(json!({}), Some(&Outcome::default())).is_err());
+    }
+
+    #[test]
+    fn networks_that_masquerade_name_their_ranges() {
+        let node: Vec<IpNetwork> = vec!["10.244.0.0/24".parse().unwrap()];
+        let of = |more: Value, given: Option<&Outcome>| {
+            let ranges = asked(&config(&more), given, &node, "a", "eth0").masquerade;
+            ranges.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert!(of(json!({}), None).is_empty() && of(json!({"ipMasq": false}), None).is_empty());
+        assert_eq!(of(json!({"ipMasq": true}), None), ["10.244.0.0/24"]);
+        let own = json!({"ipMasq": true, "ipam": {"ranges": [[{"subnet": "10.9.0.0/16"}]]}});
+        assert_eq!(of(own, None), ["10.9.0.0/16"]);
+        let given = Outcome {
+            ips: vec![Ip { address: "192.0.2.5/24".parse().unwrap(), gateway: None, interface: None }],
+            ..Outcome::default()
+        };
+        assert_eq!(of(json!({"ipMasq": true}), Some(&given)), ["192.0.2.0/24"]);
     }
 
     #[test]

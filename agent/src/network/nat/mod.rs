@@ -11,7 +11,7 @@
 mod ranges;
 mod schema;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -66,6 +66,21 @@ pub(crate) struct Desired {
     pub(crate) ports: BTreeMap<Frontend, Target>,
     /// Owner: the overlay. `None` until it is told; until then what the table has is kept.
     pub(crate) masquerade: Option<Masquerade>,
+    /// Ranges of networks that ask for it themselves (`ipMasq`). Owner: attachments of runtimes.
+    pub(crate) asked: BTreeSet<IpNetwork>,
+}
+
+impl Desired {
+    /// Everything that is to leave with the node's address; `None` while nobody has told.
+    fn leaving(&self) -> Option<Masquerade> {
+        if self.asked.is_empty() {
+            return self.masquerade.clone();
+        }
+        let mut all = self.masquerade.clone().unwrap_or_default();
+        all.from.extend(&self.asked);
+        all.except.extend(&self.asked);
+        Some(all)
+    }
 }
 
 /// The table in the network namespace of the thread that uses it first. Cheap to clone.
@@ -216,7 +231,7 @@ impl State {
 
     /// Whether the table is to be there at all.
     fn needed(&self, desired: &Desired) -> bool {
-        let masquerades = match &desired.masquerade {
+        let masquerades = match desired.leaving() {
             Some(masquerade) => !masquerade.from.is_empty(),
             None => self.found_masquerade,
         };
@@ -228,7 +243,7 @@ impl State {
             return Ok(());
         }
         let stays = self.needed(&self.desired) && self.needed(&next);
-        let ports_only = stays && self.applied && next.masquerade == self.desired.masquerade;
+        let ports_only = stays && self.applied && next.leaving() == self.desired.leaving();
         if ports_only {
             let mut tx = schema::transaction();
             schema::change(&mut tx, &self.desired, &next);
@@ -292,12 +307,12 @@ impl State {
         if ports(netfilter)? != desired.ports {
             return Ok(false);
         }
-        if let Some(masquerade) = &desired.masquerade {
+        if let Some(masquerade) = desired.leaving() {
             for set in FAMILIES.iter().flat_map(|names| [names.from, names.except]) {
                 let rows = netfilter.elements(TABLE_FAMILY, TABLE, set)?.into_iter();
                 // The kernel may show where the ranges begin as the end of one before them.
                 let found = rows.map(|row| (row.key, row.range_end)).filter(|(key, end)| !end || any(key));
-                if found.collect::<std::collections::BTreeSet<_>>() != schema::range_keys(masquerade, set) {
+                if found.collect::<BTreeSet<_>>() != schema::range_keys(&masquerade, set) {
                     return Ok(false);
                 }
             }

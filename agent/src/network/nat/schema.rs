@@ -188,8 +188,8 @@ pub(super) fn create(tx: &mut Transaction<'_>, desired: &Desired) {
         add_port(tx, frontend, target);
     }
     hairpins(desired).into_iter().for_each(|ip| add_hairpin(tx, ip));
-    if let Some(masquerade) = &desired.masquerade {
-        for (set, span) in ranges(masquerade) {
+    if let Some(masquerade) = desired.leaving() {
+        for (set, span) in ranges(&masquerade) {
             add_range(tx, set, span);
         }
     }

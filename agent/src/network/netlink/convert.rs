@@ -17,9 +17,15 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 
 use super::{Address, Link, LinkChange, Neighbour, Route, VethPair};
+
+/// The table that routes are in unless told otherwise.
+pub(in crate::network) const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
+/// Before the main table's rule, after the local table's.
+const RULE_PRIORITY: u32 = 1_000;
 
 /// Attribute of an extended acknowledgement that holds text (`NLMSGERR_ATTR_MSG`).
 const ACK_TEXT: u16 = 1;
@@ -120,6 +126,43 @@ pub(super) fn delete_link(name: &str) -> Message {
     Message::DelLink(message)
 }
 
+pub(super) fn delete_link_at(index: u32) -> Message {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    Message::DelLink(message)
+}
+
+pub(super) fn set_group(index: u32, group: u32) -> Message {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::Group(group));
+    Message::SetLink(message)
+}
+
+pub(super) fn delete_group(group: u32) -> Message {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::Group(group));
+    Message::DelLink(message)
+}
+
+fn rule(ip: IpAddr, table: u32) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family(ip);
+    message.header.src_len = full_length(ip);
+    message.header.action = RuleAction::ToTable;
+    message.attributes =
+        vec![RuleAttribute::Source(ip), RuleAttribute::Table(table), RuleAttribute::Priority(RULE_PRIORITY)];
+    message
+}
+
+pub(super) fn new_rule(ip: IpAddr, table: u32) -> Message {
+    Message::NewRule(rule(ip, table))
+}
+
+pub(super) fn delete_rule(ip: IpAddr, table: u32) -> Message {
+    Message::DelRule(rule(ip, table))
+}
+
 fn full_address(link: u32, ip: IpAddr) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = family(ip);
@@ -171,6 +214,17 @@ pub(super) fn new_neighbour(neighbour: &Neighbour) -> Message {
 }
 
 pub(super) fn new_route(link: u32, route: &Route) -> Message {
+    Message::NewRoute(route_message(link, route))
+}
+
+pub(super) fn new_route_in(table: u32, link: u32, route: &Route) -> Message {
+    let mut message = route_message(link, route);
+    message.header.table = RouteHeader::RT_TABLE_UNSPEC;
+    message.attributes.push(RouteAttribute::Table(table));
+    Message::NewRoute(message)
+}
+
+fn route_message(link: u32, route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(route.to.ip());
     message.header.destination_prefix_length = route.to.prefix();
@@ -188,7 +242,7 @@ pub(super) fn new_route(link: u32, route: &Route) -> Message {
     }
     message.attributes.extend(route.src.map(|src| RouteAttribute::PrefSource(src.into())));
     message.attributes.push(RouteAttribute::Oif(link));
-    Message::NewRoute(message)
+    message
 }
 
 pub(super) fn link(message: &Message) -> Option<Link> {
@@ -244,7 +298,8 @@ pub(super) fn address(message: &Message) -> Option<Address> {
     })
 }
 
-pub(super) fn route(message: &Message) -> Option<Route> {
+/// A unicast route and its table.
+pub(super) fn route(message: &Message) -> Option<(u32, Route)> {
     let Message::NewRoute(message) = message else { return None };
     let header = &message.header;
     let mut table = u32::from(header.table);
@@ -267,11 +322,11 @@ pub(super) fn route(message: &Message) -> Option<Route> {
             _ => {}
         }
     }
-    if table != u32::from(RouteHeader::RT_TABLE_MAIN) || header.kind != RouteType::Unicast {
+    if header.kind != RouteType::Unicast {
         return None;
     }
     let to = IpNetwork::new(to, header.destination_prefix_length).ok()?;
-    Some(Route { link, to, via, src, metric })
+    Some((table, Route { link, to, via, src, metric }))
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
@@ -337,7 +392,8 @@ mod tests {
                 metric: 0,
             };
             let Message::NewRoute(message) = new_route(7, &route) else { unreachable!() };
-            assert_eq!(super::route(&Message::NewRoute(message)), Some(route));
+            assert_eq!(super::route(&Message::NewRoute(message)), Some((MAIN_TABLE, route.clone())));
+            assert_eq!(super::route(&new_route_in(70_000, 7, &route)), Some((70_000, route)));
         }
     }
 

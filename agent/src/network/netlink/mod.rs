@@ -16,6 +16,7 @@ pub(crate) mod nft;
 pub(crate) mod nft_expr;
 
 pub(crate) use address_device::AddressDevice;
+pub(super) use convert::MAIN_TABLE;
 pub(crate) use diag::{ConnectedUdp, Diag, InetFamily};
 pub(crate) use filter::has_clsact_filter;
 pub(crate) use generic::{Attributes, Generic, attributes};
@@ -31,7 +32,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::limits;
@@ -44,6 +45,21 @@ pub(crate) fn has_link(name: &str) -> io::Result<bool> {
 /// Removes a link from the calling thread's network namespace; false where there was none.
 pub(crate) fn delete_link(name: &str) -> io::Result<bool> {
     Connection::open()?.delete_link(name)
+}
+
+/// `SO_NETNS_COOKIE`.
+#[derive(Debug, Clone, Copy)]
+struct NetnsCookie;
+
+nix::getsockopt_impl!(NetnsCookie, libc::SOL_SOCKET, libc::SO_NETNS_COOKIE, u64, sockopt::GetStruct<u64>);
+
+/// False where the kernel says that there is no such link.
+fn there(done: io::Result<()>) -> io::Result<bool> {
+    match done {
+        Ok(()) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(false),
+        Err(e) => Err(e),
+    }
 }
 
 /// Bytes received at a time: more than the kernel puts into one datagram of a dump.
@@ -160,6 +176,12 @@ impl Connection {
 
     /// Unicast routes of the main table, both families.
     pub(super) fn routes(&mut self) -> io::Result<Vec<Route>> {
+        let all = self.routes_of_all_tables()?.into_iter();
+        Ok(all.filter(|(table, _)| *table == convert::MAIN_TABLE).map(|(_, route)| route).collect())
+    }
+
+    /// Unicast routes with their tables, both families.
+    pub(super) fn routes_of_all_tables(&mut self) -> io::Result<Vec<(u32, Route)>> {
         let mut found = Vec::new();
         for request in convert::get_routes() {
             found.extend(self.dump(&request)?.iter().filter_map(convert::route));
@@ -198,11 +220,48 @@ impl Connection {
 
     /// Removes a link; false where there was none.
     pub(super) fn delete_link(&mut self, name: &str) -> io::Result<bool> {
-        match self.change(convert::delete_link(name), 0) {
-            Ok(()) => Ok(true),
-            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(false),
-            Err(e) => Err(e),
+        there(self.change(convert::delete_link(name), 0))
+    }
+
+    /// Removes the link of that index; false where there was none.
+    pub(super) fn delete_link_at(&mut self, index: u32) -> io::Result<bool> {
+        there(self.change(convert::delete_link_at(index), 0))
+    }
+
+    /// Puts a link into a group; false where there is no such link.
+    pub(super) fn set_group(&mut self, index: u32, group: u32) -> io::Result<bool> {
+        there(self.change(convert::set_group(index, group), 0))
+    }
+
+    /// Removes every link of a group; one that is empty is fine.
+    pub(super) fn delete_group(&mut self, group: u32) -> io::Result<()> {
+        there(self.change(convert::delete_group(group), 0)).map(drop)
+    }
+
+    /// Lets what is sent from `ip` look into a table of its own first.
+    pub(super) fn set_rule(&mut self, ip: IpAddr, table: u32) -> io::Result<()> {
+        match self.change(convert::new_rule(ip, table), NLM_F_CREATE | NLM_F_EXCL) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            done => done,
         }
+    }
+
+    /// Takes back what [`Connection::set_rule`] did; what is not there is fine.
+    pub(super) fn delete_rule(&mut self, ip: IpAddr, table: u32) -> io::Result<()> {
+        match self.change(convert::delete_rule(ip, table), 0) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Makes a route in a table of its own.
+    pub(super) fn set_route_in(&mut self, table: u32, link: u32, route: &Route) -> io::Result<()> {
+        self.change(convert::new_route_in(table, link, route), NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    /// A number that no other network namespace of this boot ever had.
+    pub(super) fn cookie(&self) -> io::Result<u64> {
+        Ok(getsockopt(&self.socket.as_fd(), NetnsCookie)?)
     }
 
     /// Gives a link an address of full prefix length, without duplicate address detection.

@@ -32,6 +32,13 @@ impl Protocol {
     }
 }
 
+impl Protocol {
+    /// The protocol of that `IPPROTO_…`.
+    pub(crate) fn of_number(number: u8) -> Option<Self> {
+        [Self::Tcp, Self::Udp, Self::Sctp].into_iter().find(|protocol| protocol.number() == number)
+    }
+}
+
 impl std::str::FromStr for Protocol {
     type Err = String;
 
