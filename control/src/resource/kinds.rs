@@ -290,7 +290,18 @@ pub static ENDPOINT_SLICES: Kind = Kind {
 pub static LEASES: Kind =
     Kind { group: "coordination.k8s.io", kind: "Lease", plural: "leases", singular: "lease", ..BASE };
 
-static KINDS: [&Kind; 12] = [
+/// Network policies.
+pub static NETWORK_POLICIES: Kind = Kind {
+    group: "networking.k8s.io",
+    kind: "NetworkPolicy",
+    plural: "networkpolicies",
+    singular: "networkpolicy",
+    short_names: &["netpol"],
+    generation: Generation::Spec,
+    ..BASE
+};
+
+static KINDS: [&Kind; 13] = [
     &NAMESPACES,
     &NODES,
     &PODS,
@@ -303,6 +314,7 @@ static KINDS: [&Kind; 12] = [
     &REPLICA_SETS,
     &ENDPOINT_SLICES,
     &LEASES,
+    &NETWORK_POLICIES,
 ];
 
 /// Every served kind; the order is stable and is discovery's order.

@@ -25,6 +25,7 @@ pub fn default_object(kind: &Kind, object: &mut Value) {
         ("apps", "deployments") => deployment(object),
         ("apps", "replicasets") => replica_set(object),
         ("discovery.k8s.io", "endpointslices") => endpoint_slice(object),
+        ("networking.k8s.io", "networkpolicies") => network_policy(object),
         _ => {}
     }
 }
@@ -120,6 +121,26 @@ fn endpoint_slice(object: &mut Value) {
     for port in items(root, "ports") {
         set(port, "name", "");
         set(port, "protocol", "TCP");
+    }
+}
+
+/// A policy isolates what it selects in each direction that it has rules for, and always in the direction of ingress.
+fn network_policy(object: &mut Value) {
+    let Some(root) = object.as_object_mut() else { return };
+    set(root, "spec", json!({}));
+    let Some(spec) = child(root, "spec") else { return };
+    set(spec, "podSelector", json!({}));
+    let egress = spec.get("egress").and_then(Value::as_array).is_some_and(|rules| !rules.is_empty());
+    if spec.get("policyTypes").and_then(Value::as_array).is_none_or(Vec::is_empty) {
+        let types = if egress { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) };
+        spec.insert("policyTypes".to_owned(), types);
+    }
+    for direction in ["ingress", "egress"] {
+        for rule in items(spec, direction) {
+            for port in items(rule, "ports") {
+                set(port, "protocol", "TCP");
+            }
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{AGE, NAME, Printer, age, name, number, string_or, text, wide};
+use crate::resource::lifecycle::selector_text;
 use crate::resource::object::{self, bool_at, int_at, items_at, map_at, str_at};
 
 pub(super) static NODE: Printer = Printer {
@@ -203,4 +204,12 @@ pub(super) static ENDPOINT_SLICE: Printer = Printer {
 pub(super) static LEASE: Printer = Printer {
     columns: &[NAME, text("Holder", "Who holds the lease."), AGE],
     cells: |l, now| vec![name(l), json!(str_at(l, &["spec", "holderIdentity"])), age::age(l, now)],
+};
+
+pub(super) static NETWORK_POLICY: Printer = Printer {
+    columns: &[NAME, text("Pod-Selector", "Labels of the pods that it isolates."), AGE],
+    cells: |p, now| {
+        let selector = object::at(p, &["spec", "podSelector"]).map(selector_text).unwrap_or_default();
+        vec![name(p), string_or(&selector, "<none>"), age::age(p, now)]
+    },
 };

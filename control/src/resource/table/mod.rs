@@ -83,6 +83,7 @@ fn printer(kind: &Kind) -> &'static Printer {
         ("apps", "replicasets") => &workload::REPLICA_SET,
         ("discovery.k8s.io", "endpointslices") => &core::ENDPOINT_SLICE,
         ("coordination.k8s.io", "leases") => &core::LEASE,
+        ("networking.k8s.io", "networkpolicies") => &core::NETWORK_POLICY,
         _ => &PLAIN,
     }
 }

@@ -4,6 +4,7 @@
 mod container;
 mod faults;
 mod meta;
+mod network_policy;
 mod pod;
 mod probe;
 mod scheduling;
@@ -53,6 +54,7 @@ fn content(kind: &Kind, new: &Value, old: Option<&Value>, faults: &mut Faults) {
         ("apps", "replicasets") => workload::replica_set,
         ("discovery.k8s.io", "endpointslices") => small::endpoint_slice,
         ("coordination.k8s.io", "leases") => small::lease,
+        ("networking.k8s.io", "networkpolicies") => network_policy::network_policy,
         _ => return,
     };
     check(new, old, faults);
