@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "bpfel-unknown-none";
-const PROGRAM: &str = "sheave-ebpf-prog";
+/// The objects: the service data plane's, and the network's.
+const PROGRAMS: [&str; 2] = ["sheave-ebpf-prog", "sheave-ebpf-net"];
 const OVERRIDE: &str = "SHEAVE_BPF_TOOLCHAIN";
 /// Crates that use unstable features (`asm_experimental_arch`); named, so that stable rustc allows it for them alone.
 const UNSTABLE_CRATES: &str = "aya_ebpf,aya_ebpf_bindings";
@@ -42,16 +43,22 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed={OVERRIDE}");
 
-    let object = out.join(format!("{PROGRAM}.o"));
     match find_linker().and_then(|linker| Ok((find_toolchain()?, linker))) {
         Ok((toolchain, linker)) => {
             let built = compile(&toolchain, &linker, &ebpf.join("prog"), &out.join("nested"));
-            fs::copy(&built, &object).unwrap_or_else(|e| panic!("copying {}: {e}", built.display()));
+            for name in PROGRAMS {
+                let from = built.join(name);
+                fs::copy(&from, out.join(format!("{name}.o")))
+                    .unwrap_or_else(|e| panic!("copying {}: {e}", from.display()));
+            }
             println!("cargo:rustc-env=SHEAVE_EBPF_AVAILABLE=1");
             println!("cargo:rustc-env=SHEAVE_EBPF_WHY_NOT=");
         }
         Err(why) => {
-            fs::write(&object, b"").unwrap_or_else(|e| panic!("writing {}: {e}", object.display()));
+            for name in PROGRAMS {
+                let object = out.join(format!("{name}.o"));
+                fs::write(&object, b"").unwrap_or_else(|e| panic!("writing {}: {e}", object.display()));
+            }
             println!("cargo:warning=no eBPF programs in this build: {why}");
             println!("cargo:rustc-env=SHEAVE_EBPF_AVAILABLE=0");
             println!("cargo:rustc-env=SHEAVE_EBPF_WHY_NOT={why}");
@@ -170,7 +177,7 @@ fn compile(toolchain: &Toolchain, linker: &Path, prog: &Path, target_dir: &Path)
     if !output.status.success() {
         panic!("the eBPF programs do not compile:\n{}", String::from_utf8_lossy(&output.stderr));
     }
-    target_dir.join(TARGET).join("release").join(PROGRAM)
+    target_dir.join(TARGET).join("release")
 }
 
 fn rust_flags(linker: &Path) -> OsString {

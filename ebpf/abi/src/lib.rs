@@ -14,6 +14,7 @@ mod event;
 mod flow;
 mod layout;
 pub mod map;
+mod net;
 mod service;
 
 pub use address::{Address, MAPPED_WORD};
@@ -25,6 +26,10 @@ pub use flow::{
     flow_timeout_s,
 };
 pub use layout::Plain;
+pub use net::{
+    Endpoint, NET_COUNTERS, NetConfig, NetCounter, NetFlow, NetKey, PortKey, VerdictKey, endpoint_flag,
+    net_config_flag, net_flow_flag, net_map, ports,
+};
 pub use service::{
     Affinity, AffinityKey, Backend, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable,
     MemberKey, RangeKey, Slot, affinity_scope, frontend_flag, member_flag,

@@ -10,6 +10,7 @@ pub mod balance;
 pub mod checksum;
 pub mod env;
 pub mod flow;
+pub mod guard;
 pub mod icmp;
 pub mod packet;
 pub mod resolve;
