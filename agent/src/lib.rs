@@ -7,6 +7,7 @@ pub mod dataplane;
 pub mod limits;
 pub mod network;
 pub mod pod;
+pub mod policy;
 pub mod preflight;
 pub mod runtime;
 pub mod server;
@@ -24,6 +25,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use cluster::{Client, events, lease, node, pods};
+use dataplane::ebpf::GuardConfig;
 use dataplane::{DataplaneConfig, StatsHandle};
 use network::cni::{CniSettings, Door};
 use network::overlay::PeersFile;
@@ -33,6 +35,7 @@ use pod::driver::Driver;
 use pod::prober::Prober;
 use pod::spec::NodeSettings;
 use pod::worker::{Clock, Shared};
+use policy::driver::{PolicyConfig, PolicyStats};
 use runtime::image::ImageStore;
 use runtime::{Runtime, RuntimeConfig, RuntimeEvent};
 use server::metrics::Metrics;
@@ -166,6 +169,12 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         tasks.spawn(async move { plane.await.map_err(|error| AgentError::Dataplane(Box::new(error))) });
         serve_proxy(&config, client, &stats, &last);
     }
+    if network.is_some() {
+        let client = api.as_ref().map(|(client, _)| client.kube());
+        let policies =
+            policy::driver::run(client, policy_config(&config), PolicyStats::default(), shutdown.clone());
+        spawn(&mut tasks, "network policies", policies, &shutdown);
+    }
     let health = Arc::new(health(&metrics, registry, stats.clone()));
     let serving = server::serve_health(health_listener, health, shutdown.clone());
     spawn(&mut tasks, "health listener", serving, &shutdown);
@@ -217,6 +226,15 @@ pub fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneC
         node_port_range: config.node_port_range,
         pod_cidrs: config.pod_cidrs.clone(),
         stats: stats.clone(),
+    }
+}
+
+fn policy_config(config: &AgentConfig) -> PolicyConfig {
+    PolicyConfig {
+        guard: GuardConfig { pin_dir: config.pin_dir.clone(), fast: true },
+        node_name: config.node_name.clone(),
+        pod_links: pod_links(config),
+        uplinks: config.uplinks.clone(),
     }
 }
 

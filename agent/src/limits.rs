@@ -145,6 +145,8 @@ pub const DATAPLANE_ROUNDS_MAX: usize = 1024;
 pub const STALE_SOCKETS_AGAIN_MS: u64 = 200;
 /// How often links and node addresses are looked after.
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
+/// How long the listener for links waits before it looks whether the agent ends.
+pub const POLICY_LISTEN_MS: i64 = 500;
 /// Longest pause between two tries of a watch.
 pub const WATCH_RETRY_MAX_S: u64 = 5;
 /// With less memory available the node reports MemoryPressure; pods are not promised it.

@@ -26,6 +26,8 @@ mod network_repair;
 mod pod_bed;
 mod pod_life;
 mod pod_survival;
+mod policy_bed;
+mod policy_life;
 mod runtime_bed;
 mod runtime_container;
 mod runtime_exec;

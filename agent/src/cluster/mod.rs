@@ -8,6 +8,8 @@ pub mod lease;
 pub mod node;
 mod parse;
 pub mod pods;
+pub mod policies;
+mod policies_wire;
 pub(crate) mod ranges;
 pub mod services;
 mod wire;

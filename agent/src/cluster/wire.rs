@@ -20,7 +20,7 @@ struct Meta {
     annotations: Option<BTreeMap<String, String>>,
 }
 
-fn meta<'de, D: Deserializer<'de>>(from: D) -> Result<ObjectMeta, D::Error> {
+pub(super) fn meta<'de, D: Deserializer<'de>>(from: D) -> Result<ObjectMeta, D::Error> {
     let meta = Meta::deserialize(from)?;
     Ok(ObjectMeta {
         name: meta.name,
@@ -66,6 +66,8 @@ macro_rules! resource {
         }
     };
 }
+
+pub(super) use resource;
 
 /// A Service.
 #[derive(Clone, Debug, Deserialize)]

@@ -258,7 +258,7 @@ fn entries(changes: &Changes) -> u64 {
 /// Addresses of this network namespace that others can reach: neither loopback nor link-local. All of them, and those on
 /// devices by which the node itself is reached: dummies and the loopback device may hold addresses of services, put there
 /// by an IPVS proxy or a DNS cache.
-fn interface_addresses() -> Result<[BTreeSet<IpAddr>; 2], DataplaneError> {
+pub(crate) fn interface_addresses() -> Result<[BTreeSet<IpAddr>; 2], DataplaneError> {
     let found = nix::ifaddrs::getifaddrs()
         .map_err(|e| DataplaneError::Host { op: "list the interfaces' addresses", source: e.into() })?;
     let (mut all, mut own) = (BTreeSet::new(), BTreeSet::new());

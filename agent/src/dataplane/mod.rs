@@ -4,7 +4,7 @@
 //! Restart, resync and first start are one path: open (adopting what is pinned), observe, diff, apply, attach.
 
 pub mod choice;
-mod driver;
+pub(crate) mod driver;
 pub mod ebpf;
 mod foreign;
 mod health;

@@ -40,7 +40,8 @@ use leases::{Lease, Leases, Netns, check_uid};
 use nat::Nat;
 use netlink::Connection;
 pub(crate) use netlink::{
-    AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, attributes, has_clsact_filter,
+    AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, Monitor, attributes,
+    has_clsact_filter, routed_to,
 };
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;

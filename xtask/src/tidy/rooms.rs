@@ -8,6 +8,7 @@ use super::source::{Source, line_of, words};
 const PURE: &[&str] = &[
     "agent/src/service/",
     "agent/src/pod/",
+    "agent/src/policy/",
     "control/src/resource/",
     "control/src/schedule/",
     "control/src/controller/",

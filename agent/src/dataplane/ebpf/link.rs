@@ -48,13 +48,32 @@ pub(super) const CALLS: &[(u32, &str)] = &[
     (call::ANSWER, "shv_tc_answer"),
 ];
 
+/// Whose programs are at a device: policies judge what a pod sends before services translate it, and what it receives
+/// after that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Those of the service data plane.
+    Services,
+    /// Those of the network object.
+    Policies,
+}
+
+impl Order {
+    /// Whether these are the first programs at the hook.
+    pub(super) fn is_first(self, direction: &str) -> bool {
+        (self == Self::Policies) == (direction == "ingress")
+    }
+}
+
 /// What a link is attached to.
 #[derive(Debug)]
 pub(super) enum Target {
     /// A cgroup directory.
     Cgroup(File),
-    /// A network device.
+    /// A network device, behind the programs that are there.
     Device(u32),
+    /// A network device, before the programs that are there.
+    DeviceFirst(u32),
     /// A network device, in XDP of this mode.
     Xdp(u32, xdp::Mode),
 }
@@ -70,7 +89,7 @@ impl Target {
     fn id(&self) -> io::Result<u64> {
         match self {
             Self::Cgroup(dir) => dir.metadata().map(|meta| meta.ino()),
-            Self::Device(index) | Self::Xdp(index, _) => Ok(u64::from(*index)),
+            Self::Device(index) | Self::DeviceFirst(index) | Self::Xdp(index, _) => Ok(u64::from(*index)),
         }
     }
 
@@ -78,11 +97,15 @@ impl Target {
         let (number, flags) = match self {
             Self::Cgroup(dir) => (dir.as_raw_fd() as u32, 0),
             Self::Device(index) => (*index, 0),
+            Self::DeviceFirst(index) => (*index, FIRST),
             Self::Xdp(index, mode) => (*index, mode.flags()),
         };
         sys::link_create(program, number, attach_type, flags)
     }
 }
+
+/// BPF_F_BEFORE (uapi/linux/bpf.h), which without a program to be before of means before all.
+const FIRST: u32 = 1 << 3;
 
 /// How a pinned link stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -67,7 +67,7 @@ fn duplicate(fd: std::os::fd::BorrowedFd<'_>) -> Result<OwnedFd, DataplaneError>
 }
 
 /// Says what the kernel lacks where its error tells, and passes on the verifier's words where it does not.
-fn classify(error: Box<dyn Error + Send + Sync>, what: &str) -> DataplaneError {
+pub(super) fn classify(error: Box<dyn Error + Send + Sync>, what: &str) -> DataplaneError {
     let mut cause: Option<&(dyn Error + 'static)> = Some(error.as_ref());
     while let Some(at) = cause {
         let errno = at.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);

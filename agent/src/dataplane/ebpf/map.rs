@@ -4,7 +4,7 @@
 use super::sys::{self, ElemSize, MapInfo};
 use crate::dataplane::DataplaneError;
 use crate::limits;
-use sheave_ebpf_abi::{self as abi, Plain, map};
+use sheave_ebpf_abi::{self as abi, Plain, map, net_map};
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
@@ -67,6 +67,17 @@ pub(super) const SHAPES: &[Shape] = &[
     Shape { name: map::EVENTS, kind: kind::RINGBUF, key: 0, value: 0, flags: 0 },
 ];
 
+/// Every map of the network object, which are pinned in a directory of their own.
+pub(super) const NET_SHAPES: &[Shape] = &[
+    shape::<u32, abi::NetConfig>(net_map::CONFIG, kind::ARRAY, 0),
+    shape::<abi::Address, abi::Endpoint>(net_map::ENDPOINTS, kind::HASH, NO_PREALLOC),
+    shape::<abi::NetKey, u32>(net_map::RANGES, kind::LPM_TRIE, NO_PREALLOC),
+    shape::<abi::VerdictKey, u32>(net_map::VERDICTS, kind::HASH, NO_PREALLOC),
+    shape::<abi::PortKey, u32>(net_map::PORTS, kind::LPM_TRIE, NO_PREALLOC),
+    shape::<abi::FlowKey, abi::NetFlow>(net_map::FLOWS, kind::LRU_HASH, 0),
+    shape::<u32, u64>(net_map::COUNTERS, kind::PERCPU_ARRAY, 0),
+];
+
 /// Opens a pinned map and checks it; `Ok(None)` when nothing is pinned there.
 pub(super) fn open_pinned(dir: &Path, shape: &Shape) -> Result<Option<(OwnedFd, MapInfo)>, DataplaneError> {
     let path = dir.join(shape.name);
@@ -113,7 +124,8 @@ impl<K: Plain, V: Plain> Map<K, V> {
             path: dir.join(name),
             source: io::Error::from(io::ErrorKind::NotFound),
         };
-        let shape = SHAPES.iter().find(|shape| shape.name == name).ok_or_else(missing)?;
+        let mut shapes = SHAPES.iter().chain(NET_SHAPES);
+        let shape = shapes.find(|shape| shape.name == name).ok_or_else(missing)?;
         let (fd, info) = open_pinned(dir, shape)?.ok_or_else(missing)?;
         Ok(Self { fd, name, max_entries: info.max_entries, types: PhantomData })
     }
@@ -285,6 +297,21 @@ pub struct Counters {
     cpus: usize,
 }
 
+/// Sums over all CPUs of the first `count` elements of a per-CPU array of numbers.
+pub(super) fn sums(dir: &Path, name: &'static str, count: usize) -> Result<Vec<u64>, DataplaneError> {
+    let Map { fd, .. } = Map::<u32, u64>::open(dir, name)?;
+    let cpus = sys::possible_cpus().map_err(|source| DataplaneError::Host { op: "count CPUs", source })?;
+    let size = ElemSize { key: 4, value: 8 * cpus };
+    let mut value = vec![0; size.value];
+    let mut sums = Vec::with_capacity(count);
+    for index in 0..count as u32 {
+        sys::lookup(fd.as_fd(), size, &index.to_ne_bytes(), &mut value)
+            .map_err(|source| DataplaneError::Map { op: "read", map: name, source })?;
+        sums.push(value.chunks_exact(8).filter_map(u64::from_bytes).fold(0, u64::wrapping_add));
+    }
+    Ok(sums)
+}
+
 impl Counters {
     pub(super) fn open(dir: &Path) -> Result<Self, DataplaneError> {
         let Map { fd, .. } = Map::<u32, u64>::open(dir, map::COUNTERS)?;
@@ -324,5 +351,7 @@ mod tests {
     fn every_map_of_the_abi_has_a_shape() {
         let shapes: Vec<_> = SHAPES.iter().map(|s| s.name).collect();
         assert_eq!(shapes, map::ALL);
+        let shapes: Vec<_> = NET_SHAPES.iter().map(|s| s.name).collect();
+        assert_eq!(shapes, net_map::ALL);
     }
 }

@@ -5,6 +5,7 @@ mod encode;
 mod events;
 mod flows;
 mod grow;
+mod guard;
 mod link;
 mod list;
 mod load;
@@ -18,6 +19,8 @@ mod uplink;
 mod xdp;
 
 pub use events::{Listener, Seen};
+pub(crate) use guard::devices_of;
+pub use guard::{Guard, GuardConfig};
 pub use list::{Lookup, RowBackend, ServiceRow, list};
 pub use map::{Counters, Pressure};
 pub use probe::cgroup2_root;
@@ -28,7 +31,7 @@ use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode};
 use crate::limits;
 use crate::service::{Abilities, Capacity, Changes, FrontendEntry, FrontendKey, FrontendKind, Observed};
 use aya::Ebpf;
-use link::{CALLS, CGROUP_HOOKS, DeviceHook, LINKS, POD_HOOKS, Target, UPLINK_HOOKS};
+use link::{CALLS, CGROUP_HOOKS, DeviceHook, LINKS, Order, POD_HOOKS, Target, UPLINK_HOOKS};
 use map::Map;
 use sheave_ebpf_abi::{
     ABI_VERSION, Address, Backend, Config, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS,
@@ -302,7 +305,7 @@ impl EbpfDataplane {
             }
         }
         for (name, hooks) in self.devices()? {
-            if !uplink::is_attached(&self.dir, &name, hooks)? {
+            if !uplink::is_attached(&self.dir, &name, hooks, Order::Services)? {
                 return Ok(false);
             }
         }
@@ -449,7 +452,7 @@ impl Dataplane for EbpfDataplane {
             link::attach(&dir.join(LINKS).join(hook), &target, *attach_type, program.as_fd(), &inherited)?;
         }
         for (name, hooks) in &devices {
-            match uplink::attach(&dir, object, name, hooks) {
+            match uplink::attach(&dir, object, name, hooks, Order::Services) {
                 // Pods come and go; an uplink that is gone is for the operator to know.
                 Err(error) if !uplinks.contains(name) && uplink::index(name).is_err() => {
                     tracing::debug!(device = name, %error, "gone before it was attached");
@@ -501,11 +504,12 @@ pub fn uninstall(pin_dir: &Path) -> Result<(), Vec<DataplaneError>> {
 }
 
 fn remove_version(dir: &Path) -> Vec<DataplaneError> {
-    let mut errors = uplink::detach_clsact(dir);
+    let mut errors = guard::remove(dir);
+    errors.extend(uplink::detach_clsact(dir, Order::Services));
     errors.extend(link::detach_all(&dir.join(LINKS)));
     errors.extend(grow::remove_side(dir).err());
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.file_name() != LINKS {
+        if entry.file_name() != LINKS && entry.file_name() != guard::DIR {
             errors.extend(link::unlink(&entry.path()).err());
         }
     }

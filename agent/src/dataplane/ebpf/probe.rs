@@ -11,8 +11,14 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Checks everything that can be checked without loading a program.
-pub(super) fn check(pin_dir: &Path, cgroup: &Path) -> Result<(), DataplaneError> {
+/// Checks what the network object needs: neither cgroups nor what their programs call.
+pub(super) fn for_network(pin_dir: &Path) -> Result<(), DataplaneError> {
+    check_build()?;
+    check_program(ProgramType::SchedClassifier, TRAFFIC_CONTROL)?;
+    ensure_bpffs(pin_dir)
+}
+
+fn check_build() -> Result<(), DataplaneError> {
     if !sheave_ebpf_object::AVAILABLE {
         return Err(DataplaneError::Missing {
             what: "the eBPF programs in this build",
@@ -25,6 +31,22 @@ pub(super) fn check(pin_dir: &Path, cgroup: &Path) -> Result<(), DataplaneError>
             hint: "loading eBPF programs needs it".to_owned(),
         });
     }
+    Ok(())
+}
+
+const TRAFFIC_CONTROL: &str = "eBPF for traffic control in the kernel (CONFIG_NET_CLS_BPF)";
+
+fn check_program(kind: ProgramType, what: &'static str) -> Result<(), DataplaneError> {
+    match is_program_supported(kind) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(DataplaneError::Missing { what, hint: format!("{kind:?} is refused") }),
+        Err(e) => Err(DataplaneError::Missing { what, hint: in_full(&e) }),
+    }
+}
+
+/// Checks everything that can be checked without loading a program.
+pub(super) fn check(pin_dir: &Path, cgroup: &Path) -> Result<(), DataplaneError> {
+    check_build()?;
     match statfs(cgroup) {
         Ok(found) if found.filesystem_type() == CGROUP2_SUPER_MAGIC => {}
         Ok(_) => {
@@ -50,17 +72,8 @@ pub(super) fn check(pin_dir: &Path, cgroup: &Path) -> Result<(), DataplaneError>
 
 /// Asks the kernel for each kind of program, map and helper that the object needs and older or smaller kernels lack.
 fn check_features() -> Result<(), DataplaneError> {
-    let programs = [
-        (ProgramType::CgroupSockAddr, "eBPF on cgroups in the kernel (CONFIG_CGROUP_BPF)"),
-        (ProgramType::SchedClassifier, "eBPF for traffic control in the kernel (CONFIG_NET_CLS_BPF)"),
-    ];
-    for (kind, what) in programs {
-        match is_program_supported(kind) {
-            Ok(true) => {}
-            Ok(false) => return Err(DataplaneError::Missing { what, hint: format!("{kind:?} is refused") }),
-            Err(e) => return Err(DataplaneError::Missing { what, hint: in_full(&e) }),
-        }
-    }
+    check_program(ProgramType::CgroupSockAddr, "eBPF on cgroups in the kernel (CONFIG_CGROUP_BPF)")?;
+    check_program(ProgramType::SchedClassifier, TRAFFIC_CONTROL)?;
     let sk_storage = "socket storage maps in the kernel (Linux 5.2)";
     match is_map_supported(MapType::SkStorage) {
         Ok(true) => {}

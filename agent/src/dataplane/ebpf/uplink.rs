@@ -2,7 +2,7 @@
 //! every link, what is attached is replaced in one step; the clsact qdisc itself is never removed, for others may use
 //! it.
 
-use super::link::{self, DeviceHook, LINKS, Target};
+use super::link::{self, DeviceHook, LINKS, Order, Target};
 use super::{load, sys};
 use crate::dataplane::DataplaneError;
 use crate::network::has_clsact_filter;
@@ -16,7 +16,14 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 /// Priority of our filters among those of a clsact qdisc; ours and nobody else's by convention only.
-const PRIORITY: u16 = 0x5e;
+fn priority(order: Order, direction: &str) -> u16 {
+    match order {
+        Order::Services => 0x5e,
+        Order::Policies if order.is_first(direction) => 0x5d,
+        Order::Policies => 0x5f,
+    }
+}
+
 /// Handle of our filters.
 const HANDLE: TcHandle = TcHandle::new(0, HANDLE_MINOR);
 const HANDLE_MINOR: u16 = 1;
@@ -54,7 +61,12 @@ pub(super) fn named(prefixes: &[String]) -> Result<Vec<String>, DataplaneError> 
 }
 
 /// Whether both directions of the device have their tcx link or their clsact filter in place.
-pub(super) fn is_attached(dir: &Path, name: &str, hooks: &[DeviceHook]) -> Result<bool, DataplaneError> {
+pub(super) fn is_attached(
+    dir: &Path,
+    name: &str,
+    hooks: &[DeviceHook],
+    order: Order,
+) -> Result<bool, DataplaneError> {
     let index = index(name)?;
     for (_, direction, _) in hooks {
         let in_place = match link::state(&tcx_pin(dir, index, direction), &Target::Device(index))? {
@@ -62,12 +74,16 @@ pub(super) fn is_attached(dir: &Path, name: &str, hooks: &[DeviceHook]) -> Resul
             link::State::Elsewhere => false,
             link::State::Absent => {
                 clsact_pin(dir, index, direction).exists()
-                    && has_clsact_filter(index, *direction == "ingress", PRIORITY, HANDLE_MINOR).map_err(
-                        |source| DataplaneError::Attach {
-                            hook: format!("clsact {name} {direction}"),
-                            source,
-                        },
-                    )?
+                    && has_clsact_filter(
+                        index,
+                        *direction == "ingress",
+                        priority(order, direction),
+                        HANDLE_MINOR,
+                    )
+                    .map_err(|source| DataplaneError::Attach {
+                        hook: format!("clsact {name} {direction}"),
+                        source,
+                    })?
             }
         };
         if !in_place {
@@ -96,6 +112,7 @@ pub(super) fn attach(
     ebpf: &mut Ebpf,
     name: &str,
     hooks: &[DeviceHook],
+    order: Order,
 ) -> Result<(), DataplaneError> {
     let index = index(name)?;
     for (program, direction, attach_type) in hooks {
@@ -103,11 +120,13 @@ pub(super) fn attach(
         let path = tcx_pin(dir, index, direction);
         let hook = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let inherited = link::inherited(dir, &hook);
-        match link::attach(&path, &Target::Device(index), *attach_type, fd.as_fd(), &inherited) {
+        let target =
+            if order.is_first(direction) { Target::DeviceFirst(index) } else { Target::Device(index) };
+        match link::attach(&path, &target, *attach_type, fd.as_fd(), &inherited) {
             Ok(()) => {}
             // Kernels before 6.6 don't know the attach type.
             Err(DataplaneError::Attach { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
-                attach_clsact(ebpf, program, name, direction)?;
+                attach_clsact(ebpf, program, name, direction, order)?;
                 let mark = clsact_pin(dir, index, direction);
                 link::unlink(&mark)?;
                 sys::obj_pin(fd.as_fd(), &mark).map_err(|source| DataplaneError::Pin {
@@ -122,7 +141,13 @@ pub(super) fn attach(
     Ok(())
 }
 
-fn attach_clsact(ebpf: &mut Ebpf, program: &str, name: &str, direction: &str) -> Result<(), DataplaneError> {
+fn attach_clsact(
+    ebpf: &mut Ebpf,
+    program: &str,
+    name: &str,
+    direction: &str,
+    order: Order,
+) -> Result<(), DataplaneError> {
     let failed =
         |source: io::Error| DataplaneError::Attach { hook: format!("clsact {name} {direction}"), source };
     let Some(Program::SchedClassifier(classifier)) = ebpf.program_mut(program) else {
@@ -134,11 +159,12 @@ fn attach_clsact(ebpf: &mut Ebpf, program: &str, name: &str, direction: &str) ->
         Err(e) => return Err(failed(io::Error::other(e))),
     }
     let place = attach_type(direction);
-    let held = SchedClassifierLink::attached(name, place, PRIORITY, HANDLE, None).map_err(failed)?;
+    let priority = priority(order, direction);
+    let held = SchedClassifierLink::attached(name, place, priority, HANDLE, None).map_err(failed)?;
     let id = match classifier.attach_to_link(held) {
         Ok(id) => id,
         Err(_) => {
-            let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+            let options = NlOptions { priority, handle: HANDLE, classid: None };
             classifier
                 .attach_with_options(name, place, TcAttachOptions::Netlink(options))
                 .map_err(|e| failed(io::Error::other(e)))?
@@ -171,7 +197,7 @@ fn keep(classifier: &mut SchedClassifier, id: tc::SchedClassifierLinkId) -> io::
 }
 
 /// Removes our clsact filters that pins in `dir` tell of. Devices that are gone took theirs with them.
-pub(super) fn detach_clsact(dir: &Path) -> Vec<DataplaneError> {
+pub(super) fn detach_clsact(dir: &Path, order: Order) -> Vec<DataplaneError> {
     let mut errors = Vec::new();
     for entry in fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten() {
         let file = entry.file_name().to_string_lossy().into_owned();
@@ -182,7 +208,8 @@ pub(super) fn detach_clsact(dir: &Path) -> Vec<DataplaneError> {
         };
         let name = index.parse().ok().and_then(|index| nix::net::if_::if_indextoname(index).ok());
         let Some(name) = name.and_then(|name| name.into_string().ok()) else { continue };
-        let removed = SchedClassifierLink::attached(&name, attach_type(direction), PRIORITY, HANDLE, None)
+        let priority = priority(order, direction);
+        let removed = SchedClassifierLink::attached(&name, attach_type(direction), priority, HANDLE, None)
             .map_err(|source| (is_gone(&source), source))
             .and_then(|held| held.detach().map_err(|e| (is_gone(&e), io::Error::other(e))));
         if let Err((false, source)) = removed {

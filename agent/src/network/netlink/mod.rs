@@ -11,6 +11,7 @@ mod convert;
 mod diag;
 mod filter;
 mod generic;
+mod monitor;
 pub(crate) mod nfnl;
 pub(crate) mod nft;
 pub(crate) mod nft_expr;
@@ -20,6 +21,7 @@ pub(super) use convert::MAIN_TABLE;
 pub(crate) use diag::{ConnectedUdp, Diag, InetFamily};
 pub(crate) use filter::has_clsact_filter;
 pub(crate) use generic::{Attributes, Generic, attributes};
+pub(crate) use monitor::{Monitor, routed_to};
 
 use std::io;
 use std::net::IpAddr;

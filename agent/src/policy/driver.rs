@@ -1,0 +1,235 @@
+//! Policies beside the agent: watches and the kernel's own changes feed it, a thread of its own drives it. Invariant:
+//! whatever waits becomes one round; before the watches told everything, what an agent before this one wrote stays.
+
+use super::{Event, Planner};
+use crate::cluster::policies;
+use crate::dataplane::DataplaneError;
+use crate::dataplane::driver::interface_addresses;
+use crate::dataplane::ebpf::{Guard, GuardConfig, devices_of};
+use crate::limits;
+use crate::network::{Monitor, routed_to};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Settings of policies and the fast path.
+#[derive(Clone, Debug, Default)]
+pub struct PolicyConfig {
+    /// The kernel's side.
+    pub guard: GuardConfig,
+    /// Name of this node, whose pods are enforced for.
+    pub node_name: String,
+    /// Beginnings of the names of pods' devices.
+    pub pod_links: Vec<String>,
+    /// Devices that lead out of the node.
+    pub uplinks: Vec<String>,
+}
+
+/// What is known of policies on this node, shared by clones.
+#[derive(Clone, Debug, Default)]
+pub struct PolicyStats(Arc<Mutex<PolicyFigures>>);
+
+/// See [`PolicyStats`].
+#[derive(Clone, Debug, Default)]
+pub struct PolicyFigures {
+    /// Policies of the cluster.
+    pub policies: usize,
+    /// Devices that have the programs.
+    pub devices: usize,
+    /// Why policies are not enforced or not as they are now; empty when they are.
+    pub problem: String,
+    /// Reasons and how often they occurred.
+    pub counters: Vec<(&'static str, u64)>,
+    /// Rounds that changed the kernel.
+    pub changes: u64,
+}
+
+impl PolicyStats {
+    /// A copy of what is known.
+    pub fn snapshot(&self) -> PolicyFigures {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn update(&self, change: impl FnOnce(&mut PolicyFigures)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// What the thread is told.
+enum Feed {
+    /// Something of the API.
+    Event(Event),
+    /// Links, addresses or routes changed.
+    Kernel,
+    /// Look after everything.
+    Tick,
+}
+
+/// Enforces policies until `shutdown`; what is in the kernel stays when this returns. Without a client there are no
+/// policies, only the fast path. A node that can't enforce policies says so and tries again.
+pub async fn run(
+    client: Option<kube::Client>,
+    config: PolicyConfig,
+    stats: PolicyStats,
+    shutdown: CancellationToken,
+) {
+    let (feed, inbox) = mpsc::channel(limits::DATAPLANE_EVENTS_QUEUED_MAX);
+    let mut tasks = tokio::task::JoinSet::new();
+    let (events, mut told) = mpsc::channel(limits::DATAPLANE_EVENTS_QUEUED_MAX);
+    match client {
+        Some(client) => {
+            let (seen, has_seen) = watch::channel(false);
+            let name = config.node_name.clone();
+            tasks.spawn(policies::watch_policies(client.clone(), seen, events.clone()));
+            tasks.spawn(policies::watch_pods(client.clone(), name, has_seen.clone(), events.clone()));
+            tasks.spawn(policies::watch_namespaces(client, has_seen, events.clone()));
+        }
+        None => drop(events.send(Event::PoliciesSynced(BTreeSet::new())).await),
+    }
+    let out = feed.clone();
+    tasks.spawn(async move {
+        while let Some(event) = told.recv().await {
+            if out.send(Feed::Event(event)).await.is_err() {
+                return;
+            }
+        }
+    });
+    let out = feed.clone();
+    tasks.spawn(async move {
+        let mut ticks = tokio::time::interval(limits::secs(limits::DATAPLANE_REPAIR_PERIOD_S));
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if out.send(Feed::Tick).await.is_err() {
+                return;
+            }
+        }
+    });
+    let stop = shutdown.clone();
+    let listener = std::thread::Builder::new().name("policy-links".to_owned());
+    let listening = listener.spawn(move || listen(&feed, &stop));
+    let (done, mut ended) = mpsc::channel::<()>(1);
+    let worker = std::thread::Builder::new().name("policy".to_owned());
+    let working = worker.spawn(move || {
+        drive(&config, &stats, inbox);
+        drop(done);
+    });
+    if let Err(error) = listening.and(working) {
+        tracing::error!(%error, "network policies have no threads to run on");
+    }
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        _ = ended.recv() => {}
+    }
+    drop(events);
+    tasks.shutdown().await;
+}
+
+/// Tells of changes in the kernel until nobody listens.
+fn listen(feed: &mpsc::Sender<Feed>, stop: &CancellationToken) {
+    let mut monitor = None;
+    while !stop.is_cancelled() && !feed.is_closed() {
+        let heard = match &mut monitor {
+            None => Monitor::open().map(|opened| monitor = Some(opened)).map(|()| true),
+            Some(monitor) => monitor.wait(limits::POLICY_LISTEN_MS),
+        };
+        match heard {
+            // One that waits already says the same.
+            Ok(true) => drop(feed.try_send(Feed::Kernel)),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(%error, "listening to the kernel's links; trying again");
+                monitor = None;
+                std::thread::sleep(std::time::Duration::from_millis(limits::API_RETRY_FIRST_MS));
+            }
+        }
+    }
+}
+
+/// The thread's loop.
+fn drive(config: &PolicyConfig, stats: &PolicyStats, mut inbox: mpsc::Receiver<Feed>) {
+    let mut worker: Option<Worker> = None;
+    let mut waiting = Vec::new();
+    while let Some(first) = inbox.blocking_recv() {
+        let (mut kernel, mut tick) = (false, false);
+        let mut take = |feed| match feed {
+            Feed::Event(event) => waiting.push(event),
+            Feed::Kernel => kernel = true,
+            Feed::Tick => tick = true,
+        };
+        take(first);
+        while let Ok(feed) = inbox.try_recv() {
+            take(feed);
+        }
+        if worker.is_none() && (tick || kernel) {
+            worker = match Worker::open(config) {
+                Ok(worker) => Some(worker),
+                Err(error) => {
+                    trouble(stats, &error, "network policies can't be enforced; trying again");
+                    None
+                }
+            };
+            (kernel, tick) = (true, true);
+        }
+        let Some(worker) = &mut worker else { continue };
+        waiting.drain(..).for_each(|event| worker.planner.handle(event));
+        match worker.round(config, kernel, tick) {
+            Ok(changed) => worker.tell(stats, changed, tick),
+            Err(error) => trouble(stats, &error, "network policies are not as they should be; trying again"),
+        }
+    }
+}
+
+fn trouble(stats: &PolicyStats, error: &DataplaneError, what: &str) {
+    let problem = crate::cluster::chain(error);
+    tracing::error!(error = problem, "{what}");
+    stats.update(|figures| figures.problem = problem);
+}
+
+struct Worker {
+    guard: Guard,
+    planner: Planner,
+}
+
+impl Worker {
+    fn open(config: &PolicyConfig) -> Result<Self, DataplaneError> {
+        let guard = Guard::open(&config.guard)?;
+        let planner = Planner::new(guard.ids());
+        Ok(Self { guard, planner })
+    }
+
+    /// One round; true when the kernel was changed.
+    fn round(&mut self, config: &PolicyConfig, kernel: bool, tick: bool) -> Result<bool, DataplaneError> {
+        if kernel || tick {
+            let routes = routed_to(&config.pod_links)
+                .map_err(|source| DataplaneError::Host { op: "list routes to pods", source })?;
+            let [host, _] = interface_addresses()?;
+            let names: BTreeSet<String> = routes.iter().map(|(_, name, _)| name.clone()).collect();
+            let pods: Vec<String> = names.into_iter().filter(|name| !config.uplinks.contains(name)).collect();
+            // Programs before tables: a pod that is told of is one that is judged.
+            self.guard.attach(&pods, &config.uplinks, tick)?;
+            let devices: BTreeMap<_, _> = devices_of(&routes);
+            self.planner.handle(Event::Devices(devices));
+            self.planner.handle(Event::Host(host));
+        }
+        if !self.planner.synced() || !self.planner.changed() && !tick {
+            return Ok(false);
+        }
+        let tables = self.planner.plan();
+        self.guard.apply(&tables)
+    }
+
+    fn tell(&self, stats: &PolicyStats, changed: bool, tick: bool) {
+        let counters = if tick { self.guard.counters().ok() } else { None };
+        stats.update(|figures| {
+            figures.policies = self.planner.policies();
+            figures.devices = self.guard.devices();
+            figures.problem.clear();
+            figures.changes += u64::from(changed);
+            if let Some(counters) = counters {
+                figures.counters = counters.iter().map(|(counter, n)| (counter.name(), *n)).collect();
+            }
+        });
+    }
+}

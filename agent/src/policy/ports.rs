@@ -1,0 +1,124 @@
+//! Lists of ports. Invariant: lists that allow the same are equal, and the prefixes of a list cover just its ports.
+
+use std::collections::BTreeSet;
+
+/// Ports that something is allowed on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Ports {
+    all: bool,
+    /// Protocol, first and last port.
+    ranges: BTreeSet<(u8, u16, u16)>,
+}
+
+/// A power of two of ports of a protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortPrefix {
+    /// IP protocol number.
+    pub proto: u8,
+    /// First port.
+    pub port: u16,
+    /// Leading bits of the port that count, 0 to 16.
+    pub bits: u8,
+}
+
+impl Ports {
+    pub(super) fn allow_all(&mut self) {
+        self.all = true;
+    }
+
+    pub(super) fn add(&mut self, proto: u8, first: u16, last: u16) {
+        if first <= last {
+            self.ranges.insert((proto, first, last));
+        }
+    }
+
+    pub(super) fn extend(&mut self, other: &Self) {
+        self.all |= other.all;
+        self.ranges.extend(&other.ranges);
+    }
+
+    pub(super) fn is_all(&self) -> bool {
+        self.all
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        !self.all && self.ranges.is_empty()
+    }
+
+    /// Ranges of a protocol that touch become one.
+    pub(super) fn normal(&self) -> Self {
+        if self.all {
+            return Self { all: true, ranges: BTreeSet::new() };
+        }
+        let mut merged: Vec<(u8, u16, u16)> = Vec::new();
+        for (proto, first, last) in &self.ranges {
+            match merged.last_mut() {
+                Some((held, _, end)) if held == proto && u32::from(*first) <= u32::from(*end) + 1 => {
+                    *end = (*end).max(*last);
+                }
+                _ => merged.push((*proto, *first, *last)),
+            }
+        }
+        Self { all: false, ranges: merged.into_iter().collect() }
+    }
+
+    /// The fewest prefixes that cover a normal list.
+    pub(super) fn prefixes(&self) -> Vec<PortPrefix> {
+        let mut found = Vec::new();
+        for (proto, first, last) in &self.ranges {
+            let (mut at, end) = (u32::from(*first), u32::from(*last) + 1);
+            while at < end {
+                // The largest aligned power of two that begins here and does not go too far.
+                let aligned = if at == 0 { 16 } else { at.trailing_zeros().min(16) };
+                let fits = (end - at).ilog2();
+                let size = aligned.min(fits);
+                found.push(PortPrefix { proto: *proto, port: at as u16, bits: 16 - size as u8 });
+                at += 1 << size;
+            }
+        }
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn prefixes_cover_just_the_ranges(
+            ranges in proptest::collection::vec((0_u8..2, any::<u16>(), 0_u16..2000), 0..5),
+            asked in any::<u16>(),
+        ) {
+            let mut ports = Ports::default();
+            for (proto, first, len) in &ranges {
+                ports.add(*proto, *first, first.saturating_add(*len));
+            }
+            let prefixes = ports.normal().prefixes();
+            let near = ranges.iter().flat_map(|(_, first, len)| {
+                let last = first.saturating_add(*len);
+                [first.wrapping_sub(1), *first, last, last.wrapping_add(1)]
+            });
+            for port in near.chain([asked, 0, u16::MAX]) {
+                for proto in 0..2 {
+                    let wanted = ranges.iter().any(|(p, first, len)| {
+                        *p == proto && (*first..=first.saturating_add(*len)).contains(&port)
+                    });
+                    let hits = prefixes.iter().filter(|prefix| {
+                        let shift = 16 - u32::from(prefix.bits);
+                        prefix.proto == proto && u32::from(prefix.port) >> shift == u32::from(port) >> shift
+                    });
+                    prop_assert_eq!(hits.count(), usize::from(wanted));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_whole_protocol_is_one_prefix() {
+        let mut ports = Ports::default();
+        ports.add(6, 0, u16::MAX);
+        assert_eq!(ports.normal().prefixes(), [PortPrefix { proto: 6, port: 0, bits: 0 }]);
+    }
+}
