@@ -79,7 +79,8 @@ mod tests {
     fn what_is_there_is_fine_and_what_is_not_is_named() {
         let (prev, checked) = whole();
         assert_eq!(verify(&prev, "/n", "eth0", &checked), [""; 0]);
-        let damage: [(fn(&mut Checked), &str); 6] = [
+        type Damage = (fn(&mut Checked), &'static str);
+        let damage: [Damage; 6] = [
             (|c| c.missing.push("lost".to_owned()), "lost"),
             (|c| c.pod.link = None, "is gone from /n"),
             (|c| c.pod.link.as_mut().unwrap().mac = Some([2; 6]), "hardware address"),

@@ -67,15 +67,18 @@ pub struct PortMapping {
     pub host_ip: Option<IpAddr>,
 }
 
+/// A port of the node, and the address and port of the attachment that it leads to.
+pub(super) type Wanted = (Frontend, (IpAddr, u16));
+
 /// The node's ports that an attachment wants, and where each is to lead. A mapping on an address of a family that the
 /// attachment has no address of leads nowhere and is an error; one on every address is for the families that it has.
 pub(super) fn wanted(
     id: &str,
     ips: &[IpAddr],
     mappings: &[PortMapping],
-) -> Result<Vec<(Frontend, (IpAddr, u16))>, NetworkError> {
+) -> Result<Vec<Wanted>, NetworkError> {
     let first = |v4: bool| ips.iter().copied().find(|ip| ip.is_ipv4() == v4);
-    let mut all: Vec<(Frontend, (IpAddr, u16))> = Vec::new();
+    let mut all: Vec<Wanted> = Vec::new();
     for mapping in mappings.iter().filter(|mapping| mapping.host_port != 0) {
         let wrong =
             |why: String| NetworkError::PortMapping { id: id.to_owned(), mapping: in_words(mapping), why };
