@@ -196,6 +196,19 @@ pub(crate) struct ControlFlags {
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) service_cidr: Vec<IpNetwork>,
+    /// Range of all pods of the cluster, one a family, of which each node gets a share
+    /// [default: 10.244.0.0/16, fd00:244::/48]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) cluster_cidr: Vec<IpNetwork>,
+    /// Prefix length of a node's share of the IPv4 range [default: 24]
+    #[arg(long, value_name = "BITS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) node_cidr_mask_size_ipv4: Option<u8>,
+    /// Prefix length of a node's share of the IPv6 range [default: 64]
+    #[arg(long, value_name = "BITS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) node_cidr_mask_size_ipv6: Option<u8>,
     /// Range of NodePorts, first and last [default: 30000-32767]
     #[arg(long, value_name = "FIRST-LAST")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -28,7 +28,7 @@ use cluster::{Client, events, lease, node, pods};
 use dataplane::ebpf::GuardConfig;
 use dataplane::{DataplaneConfig, StatsHandle};
 use network::cni::{CniSettings, Door};
-use network::overlay::PeersFile;
+use network::overlay::{self, Overlay, OverlayConfig, Peer, PeersFile, PodMtu};
 use network::{Network, NetworkConfig};
 use pod::act::Means;
 use pod::driver::Driver;
@@ -147,13 +147,16 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         if !find_ranges(&mut config, client, &shutdown).await? {
             return Ok(());
         }
-        let open = open_network(&config).await?;
-        let door = Door::open(open.clone(), CniSettings::below(&config.run_dir, &config.state_dir)).await?;
+        let (opened, overlay) = open_network(&config).await?;
+        let peers = watch_peers(&config, client, &mut tasks, &shutdown);
+        let follow = follow_mtu(opened.clone());
+        spawn(&mut tasks, "overlay", overlay.run(peers, follow, shutdown.clone()), &shutdown);
+        let door = Door::open(opened.clone(), CniSettings::below(&config.run_dir, &config.state_dir)).await?;
         spawn(&mut tasks, "CNI server", door.serve(shutdown.clone()), &shutdown);
         if let Some(client) = client {
-            tell_exhaustion(client, &config.node_name, &open, &mut tasks, &shutdown);
+            tell_exhaustion(client, &config.node_name, &opened, &mut tasks, &shutdown);
         }
-        network = Some(open);
+        network = Some(opened);
     }
     if let (Some((client, credentials)), Some(network), true) = (&api, &network, config.does(Component::Pods))
     {
@@ -358,14 +361,68 @@ async fn find_ranges(
 }
 
 /// What connects pods, those of this agent and those of other runtimes.
-async fn open_network(config: &AgentConfig) -> Result<Network, AgentError> {
+async fn open_network(config: &AgentConfig) -> Result<(Network, Overlay), AgentError> {
+    let pod_mtu = PodMtu::default();
+    let overlay = OverlayConfig {
+        settings: config.overlay.clone(),
+        node_name: config.node_name.clone(),
+        node_ips: config.node_ips.clone(),
+        pod_cidrs: config.pod_cidrs.clone(),
+        uplinks: config.uplinks.clone(),
+        run_dir: config.run_dir.clone(),
+        pod_mtu: pod_mtu.clone(),
+    };
     let network = NetworkConfig {
         state_dir: config.state_dir.clone(),
         node_ips: config.node_ips.clone(),
         pod_cidrs: config.pod_cidrs.clone(),
         uplinks: config.uplinks.clone(),
+        pod_mtu,
     };
-    Ok(Network::open(network).await?)
+    let network = Network::open(network).await?;
+    let overlay = Overlay::open(overlay, network.nat()).await?;
+    // The first pod gets the MTU that it is to have.
+    network.look_again().await?;
+    Ok((network, overlay))
+}
+
+/// Other nodes, from the peers file or else from the API.
+fn watch_peers(
+    config: &AgentConfig,
+    client: Option<&Client>,
+    tasks: &mut JoinSet<Result<(), AgentError>>,
+    shutdown: &CancellationToken,
+) -> tokio::sync::watch::Receiver<Option<Vec<Peer>>> {
+    let (told, peers) = tokio::sync::watch::channel(None);
+    let name = config.node_name.clone();
+    match (&config.overlay.peers_file, client) {
+        (Some(path), _) => {
+            let following = overlay::follow(path.clone(), name, told, shutdown.clone());
+            spawn(tasks, "peers file", following, shutdown);
+        }
+        (None, Some(client)) => {
+            let watching = cluster::peers::watch(client.kube(), name, told, shutdown.clone());
+            spawn(tasks, "watch of nodes", watching, shutdown);
+        }
+        // `needs_api` is false only with a peers file.
+        (None, None) => {}
+    }
+    peers
+}
+
+/// What gives pods' links another MTU.
+fn follow_mtu(network: Network) -> impl Fn() -> futures::future::BoxFuture<'static, ()> {
+    move || {
+        let network = network.clone();
+        Box::pin(async move {
+            match network.follow_mtu().await {
+                Ok(report) => tracing::info!(changed = report.repaired.len(), "pods follow the MTU"),
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "pods keep their MTU for now");
+                }
+            }
+        })
+    }
 }
 
 /// Makes an event of the node each time that no address was left for a runtime's container.

@@ -128,6 +128,19 @@ pub const ADDRESS_QUARANTINE_MS: u64 = 10_000;
 /// How often it is said that a node still waits for its pod ranges.
 pub const RANGES_REMINDER_PERIOD_S: u64 = 30;
 
+/// How long one wait for changes of links and routes lasts before the waiter looks whether it is still needed.
+pub const NETLINK_EVENTS_WAIT_MS: i64 = 1_000;
+/// How often a peers file is looked at.
+pub const PEERS_FILE_LOOK_PERIOD_MS: u64 = 500;
+/// How often the overlay is compared with the kernel where no event asks for it.
+pub const OVERLAY_RESYNC_PERIOD_S: u64 = 10;
+/// How long events of the kernel are gathered before the overlay is looked at.
+pub const OVERLAY_GATHER_MS: u64 = 5;
+/// First pause after a step of the overlay failed; doubles up to [`OVERLAY_RETRY_MAX_MS`].
+pub const OVERLAY_RETRY_FIRST_MS: u64 = 100;
+/// Longest such pause.
+pub const OVERLAY_RETRY_MAX_MS: u64 = 5_000;
+
 /// Map elements in one system call.
 pub const BPF_BATCH_ELEMENTS: usize = 4096;
 /// Events waiting for the data plane; the watches wait when it is full. Also the most in one round.

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::{Server, ServerError, ServerTls};
 use crate::controller;
+use crate::controller::{NodeRanges, NodeRangesError};
 use crate::limits::{EVENT_SWEEP_SECS, EVENT_TTL_SECS};
 use crate::pki::{Authority, PkiError, write_private};
 use crate::registry::{AddressRanges, Registry, advertised, index_stored};
@@ -35,6 +36,12 @@ pub struct ControlConfig {
     pub service_cidrs: Vec<IpNetwork>,
     /// First and last node port.
     pub node_port_range: (u16, u16),
+    /// Pods of the whole cluster: at most one range of each family, of which nodes get shares. Empty gives none.
+    pub cluster_cidrs: Vec<IpNetwork>,
+    /// Prefix length of a node's share of IPv4.
+    pub node_cidr_mask_size_ipv4: u8,
+    /// Prefix length of a node's share of IPv6.
+    pub node_cidr_mask_size_ipv6: u8,
     /// Further names and addresses for the server's certificate.
     pub extra_sans: Vec<String>,
 }
@@ -55,6 +62,12 @@ impl Default for ControlConfig {
                 ),
             ],
             node_port_range: (30_000, 32_767),
+            cluster_cidrs: ["10.244.0.0/16", "fd00:244::/48"]
+                .iter()
+                .filter_map(|range| range.parse().ok())
+                .collect(),
+            node_cidr_mask_size_ipv4: 24,
+            node_cidr_mask_size_ipv6: 64,
             extra_sans: Vec::new(),
         }
     }
@@ -89,6 +102,9 @@ pub enum ControlError {
     /// The configured addresses can't be used.
     #[error("use the configured service addresses")]
     Addresses(#[source] AllocatorError),
+    /// Nodes can't get shares of the cluster's ranges.
+    #[error("use the configured pod ranges")]
+    NodeRanges(#[source] NodeRangesError),
     /// The first objects can't be written.
     #[error("set up the cluster's first objects")]
     Bootstrap(#[source] ApiError),
@@ -124,6 +140,9 @@ pub async fn run_with(
     shutdown: CancellationToken,
     ready: oneshot::Sender<Ready>,
 ) -> Result<(), ControlError> {
+    let (size_v4, size_v6) = (config.node_cidr_mask_size_ipv4, config.node_cidr_mask_size_ipv6);
+    let node_ranges =
+        NodeRanges::new(&config.cluster_cidrs, size_v4, size_v6).map_err(ControlError::NodeRanges)?;
     let _lock = lock_state(&config.state_dir)?;
     // First, because a taken port is the likeliest obstacle and must change nothing on disk.
     let listener = Server::bind(config.listen).await.map_err(ControlError::Server)?;
@@ -143,7 +162,7 @@ pub async fn run_with(
     let server = Server::new(listener, tls).map_err(ControlError::Server)?;
 
     let sweeper = tokio::spawn(sweep_events(registry.clone(), shutdown.clone()));
-    let settings = controller::Config { root_ca: Some(authority.certificate_pem) };
+    let settings = controller::Config { root_ca: Some(authority.certificate_pem), node_ranges };
     let controllers = tokio::spawn(controller::run(registry.clone(), settings, shutdown.clone()));
     let scheduler = tokio::spawn(schedule::run(registry.clone(), shutdown.clone()));
     tracing::info!(%address, revision = registry.revision(), "the API is served");

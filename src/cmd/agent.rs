@@ -42,7 +42,7 @@ pub(super) fn config(
     config.components = components(&flags.components)?;
     if !flags.pod_cidr.is_empty() {
         config.pod_cidrs = flags.pod_cidr;
-    } else if config.does(Component::Network) && !config.does(Component::Pods) {
+    } else if config.does(Component::Network) {
         config.pod_cidrs_of_node = true;
     }
     config.uplinks = flags.uplink;

@@ -29,6 +29,11 @@ pub(super) fn config(file: &File, base: &BaseFlags, flags: &ControlFlags) -> Res
     if !flags.service_cidr.is_empty() {
         config.service_cidrs = flags.service_cidr;
     }
+    if !flags.cluster_cidr.is_empty() {
+        config.cluster_cidrs = flags.cluster_cidr;
+    }
+    set(&mut config.node_cidr_mask_size_ipv4, flags.node_cidr_mask_size_ipv4);
+    set(&mut config.node_cidr_mask_size_ipv6, flags.node_cidr_mask_size_ipv6);
     if let Some(range) = flags.node_port_range {
         config.node_port_range = port_range(&range)?;
     }

@@ -72,9 +72,11 @@ async fn stop_pods(agent: &sheave_agent::AgentConfig) -> Result<Vec<String>> {
         node_ips: agent.node_ips.clone(),
         pod_cidrs: agent.pod_cidrs.clone(),
         uplinks: agent.uplinks.clone(),
+        ..NetworkConfig::default()
     })
     .await?;
     let report = network.reconcile(&[]).await?;
     failures.extend(report.failed);
+    failures.extend(sheave_agent::network::overlay::remove_all());
     Ok(failures)
 }

@@ -45,7 +45,7 @@ impl Cluster {
         let registry = Registry::new(shared, &ranges).expect("a registry");
         registry.bootstrap(None).await.expect("the first objects");
         let shutdown = CancellationToken::new();
-        let config = controller::Config { root_ca: Some("PEM".to_owned()) };
+        let config = controller::Config { root_ca: Some("PEM".to_owned()), ..controller::Config::default() };
         let cluster = Cluster { registry, store, shutdown };
         if cluster.registry.get(&NODES, "", "n1").is_err() {
             cluster.add_node("n1", 1000).await;

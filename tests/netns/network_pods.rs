@@ -55,7 +55,7 @@ pub(crate) fn config(dir: &Path, cidrs: &[&str]) -> NetworkConfig {
         state_dir: dir.to_owned(),
         node_ips: Vec::new(),
         pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().expect("a range")).collect(),
-        uplinks: Vec::new(),
+        ..NetworkConfig::default()
     }
 }
 

@@ -7,6 +7,7 @@ pub mod events;
 pub mod lease;
 pub mod node;
 mod parse;
+pub(crate) mod peers;
 pub mod pods;
 pub mod policies;
 mod policies_wire;

@@ -61,6 +61,8 @@ pub struct NetworkConfig {
     pub pod_cidrs: Vec<IpNetwork>,
     /// Links to the outside, whose smallest MTU the pods get. Empty means those of the default routes.
     pub uplinks: Vec<String>,
+    /// What else limits the packets of pods.
+    pub pod_mtu: overlay::PodMtu,
 }
 
 /// What a pod got.
@@ -189,6 +191,27 @@ impl Network {
         self.inner.state().impaired = why;
     }
 
+    /// Looks at the node again: what the overlay found out since goes into what is made from now on.
+    pub(crate) async fn look_again(&self) -> Result<(), NetworkError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || inner.prepare().map(drop)).await
+    }
+
+    /// The table that pods' translation is in.
+    pub(crate) fn nat(&self) -> Nat {
+        self.inner.nat.clone()
+    }
+
+    /// Gives the links of all pods the MTU that is right now, and puts back what else is missing of them.
+    pub async fn follow_mtu(&self) -> Result<Report, NetworkError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            let all = inner.state().leases.all().into_iter().map(|lease| lease.uid).collect();
+            inner.reconcile(&all)
+        })
+        .await
+    }
+
     /// The pod's addresses, if it has a lease; IPv4 first.
     pub fn addresses(&self, uid: &str) -> Option<Vec<IpAddr>> {
         self.inner.state().leases.get(uid).map(|lease| lease.ips.clone())
@@ -250,7 +273,9 @@ impl Inner {
                 return Err(NetworkError::NodeInRange { ip: *ip, range: *range });
             }
         }
-        self.state().facts = Facts { mtu: node::mtu(&uplinks), sources: tables.sources(&ips) };
+        let mtu = node::mtu(&uplinks);
+        let mtu = self.config.pod_mtu.get().map_or(mtu, |limit| mtu.min(limit));
+        self.state().facts = Facts { mtu, sources: tables.sources(&ips) };
         let v4 = self.config.pod_cidrs.iter().any(IpNetwork::is_ipv4);
         let v6 = self.config.pod_cidrs.iter().any(IpNetwork::is_ipv6);
         node::prepare(v4, v6, &uplinks)

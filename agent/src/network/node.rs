@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::NetworkError;
 use super::netlink::{Address, Connection, Link, Route};
+use super::overlay::is_tunnel;
 use super::plan::is_node_link;
 
 /// MTU where no uplink says otherwise.
@@ -99,9 +100,9 @@ impl Tables {
     }
 }
 
-/// Neither the loopback nor one of our pods' links.
+/// Neither the loopback nor one of our pods' links or tunnels.
 fn is_outside(link: &Link) -> bool {
-    !link.loopback && !is_node_link(&link.name)
+    !link.loopback && !is_node_link(&link.name) && !is_tunnel(&link.name)
 }
 
 /// The MTU that fits through all of `uplinks`.

@@ -10,6 +10,7 @@ mod garbage;
 pub(crate) mod model;
 mod namespace;
 mod node;
+mod node_ranges;
 mod pod_gc;
 mod queue;
 mod replica_set;
@@ -21,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use self::action::Target;
 pub(crate) use self::driver::event::{Notice, record};
 pub(crate) use self::driver::now;
+pub use self::node_ranges::{NodeRanges, NodeRangesError};
 use crate::registry::Registry;
 
 /// What the controllers have to be told.
@@ -28,6 +30,8 @@ use crate::registry::Registry;
 pub struct Config {
     /// The cluster's CA certificate in PEM: every namespace gets it in the ConfigMap `kube-root-ca.crt`.
     pub root_ca: Option<String>,
+    /// From where Nodes without pod ranges get theirs.
+    pub node_ranges: NodeRanges,
 }
 
 /// Runs all controllers until the shutdown. Errors are logged and what failed is tried again; nothing is returned.

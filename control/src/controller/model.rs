@@ -490,6 +490,10 @@ pub(crate) struct NodeSpec {
     pub(crate) unschedulable: bool,
     #[serde(deserialize_with = "or_default")]
     pub(crate) taints: Vec<Taint>,
+    #[serde(rename = "podCIDR")]
+    pub(crate) pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs", deserialize_with = "or_default")]
+    pub(crate) pod_cidrs: Vec<String>,
 }
 
 /// A taint of a node; all of its fields, so that a list of them can be written back.

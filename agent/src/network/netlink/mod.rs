@@ -9,12 +9,15 @@ pub(crate) mod bucket;
 pub(crate) mod conntrack;
 mod convert;
 mod diag;
+pub(crate) mod events;
 mod filter;
 mod generic;
 mod monitor;
 pub(crate) mod nfnl;
 pub(crate) mod nft;
 pub(crate) mod nft_expr;
+pub(crate) mod offload;
+pub(crate) mod tunnel;
 
 pub(crate) use address_device::AddressDevice;
 pub(super) use convert::MAIN_TABLE;

@@ -250,7 +250,7 @@ mod tests {
             (&GOOD.replace("name = \"b\"", "name = \"a\""), "node a is there twice"),
             (&GOOD.replace("[\"192.0.2.2\"]", "[]"), "node b: node-ips is empty"),
             (&GOOD.replace("[\"10.244.2.0/24\"]", "[]"), "node b: pod-cidrs is empty"),
-            (&GOOD.replace("10.244.2.0/24", "192.0.2.0/24"), "192.0.2.1"),
+            (&GOOD.replace("10.244.2.0/24", "192.0.2.0/24"), "contains 192.0.2."),
             (&GOOD.replace("192.0.2.2", "192.0.2.1"), "is that of node a"),
             (&GOOD.replace("192.0.2.2", "192.0.2"), "192.0.2"),
             (&GOOD.replace("10.244.2.0/24", "10.244.2.0/33"), "pod-cidrs"),

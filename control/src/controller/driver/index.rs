@@ -240,6 +240,8 @@ impl Index {
         let index = &note.event.object.index;
         let name = index.name.to_string();
         note.add(Controller::PodGc, "", &name);
+        // One key for all: two looks at once could give two nodes one range.
+        note.add(Controller::NodeRanges, "", "");
         let was_ready = note.event.prev.as_ref().is_some_and(|p| p.index.ready);
         let is_ready = index.ready && !note.is_deleted();
         if was_ready != is_ready || note.is_deleted() {

@@ -40,6 +40,8 @@ pub(crate) enum Controller {
     Garbage,
     Namespace,
     Node,
+    /// Nothing: all Nodes together, so that two never get the same range.
+    NodeRanges,
     /// The name of a node, whether or not there is a Node; empty for pods that are bound to none.
     PodGc,
 }
@@ -54,6 +56,7 @@ impl Controller {
             Controller::Garbage => "garbage-collector",
             Controller::Namespace => "namespace-controller",
             Controller::Node => "node-controller",
+            Controller::NodeRanges => "cidrAllocator",
             Controller::PodGc => "pod-garbage-collector",
         }
     }

@@ -15,8 +15,8 @@ use crate::controller::model::{
 };
 use crate::controller::namespace::{Content, Namespace};
 use crate::controller::{
-    Config, action::Action, action::Target, deployment, endpoint_slice, garbage, namespace, node, pod_gc,
-    replica_set,
+    Config, action::Action, action::Target, deployment, endpoint_slice, garbage, namespace, node,
+    node_ranges, pod_gc, replica_set,
 };
 use crate::registry::Registry;
 use crate::resource::lifecycle::FOREGROUND_FINALIZER;
@@ -65,6 +65,7 @@ impl Look<'_> {
             Controller::Garbage => self.garbage(key),
             Controller::Namespace => self.namespace(key),
             Controller::Node => self.node(key),
+            Controller::NodeRanges => self.node_ranges(),
             Controller::PodGc => self.pod_gc(key),
         }
     }
@@ -260,6 +261,12 @@ impl Look<'_> {
             pods,
             now: self.now,
         }))
+    }
+
+    fn node_ranges(&self) -> Result<Vec<Action>, ReadError> {
+        let nodes: Vec<Node> = views(&self.list(&kinds::NODES, None, |_| true))?;
+        let config = self.config.node_ranges.clone();
+        Ok(node_ranges::reconcile(&node_ranges::Observed { nodes, config }))
     }
 
     fn pods_of_node(&self, name: &str) -> Result<Vec<Pod>, ReadError> {

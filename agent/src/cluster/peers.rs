@@ -1,0 +1,107 @@
+//! Other nodes, watched. Invariant: what is told is a whole list, and nothing is told before the first list is complete,
+//! so that nobody takes a node that was not listed yet for one that left.
+
+use std::collections::BTreeMap;
+
+use futures::StreamExt as _;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::client::chain;
+use super::node::WireNode;
+use super::pods::Reconnect;
+use crate::network::overlay::Peer;
+
+/// A node as far as others care: its age, and how it is reached.
+type Row = (Option<Time>, Peer);
+
+fn row(node: &WireNode) -> Option<(String, Row)> {
+    let meta = kube::Resource::meta(node);
+    let name = meta.name.clone()?;
+    let peer = Peer { name: name.clone(), node_ips: node.internal_ips(), pod_cidrs: node.pod_cidrs() };
+    Some((name, (meta.creation_timestamp.clone(), peer)))
+}
+
+/// The peers: older ones first, who is not complete yet left out.
+fn list(rows: &BTreeMap<String, Row>, own_name: &str) -> Vec<Peer> {
+    let mut others: Vec<&Row> = rows.values().filter(|(_, peer)| peer.name != own_name).collect();
+    others.retain(|(_, peer)| !peer.node_ips.is_empty() && !peer.pod_cidrs.is_empty());
+    others.sort_by(|(a, p), (b, q)| a.cmp(b).then_with(|| p.name.cmp(&q.name)));
+    others.into_iter().map(|(_, peer)| peer.clone()).collect()
+}
+
+/// Tells the other nodes of the cluster whenever they change, until `shutdown`.
+pub(crate) async fn watch(
+    client: kube::Client,
+    own_name: String,
+    told: watch::Sender<Option<Vec<Peer>>>,
+    shutdown: CancellationToken,
+) {
+    let api: kube::Api<WireNode> = kube::Api::all(client);
+    let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).backoff(Reconnect::default()));
+    let (mut rows, mut listed): (BTreeMap<String, Row>, _) = (BTreeMap::new(), BTreeMap::new());
+    let mut synced = false;
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event,
+            () = shutdown.cancelled() => return,
+        };
+        match event {
+            None => return,
+            Some(Ok(watcher::Event::Init)) => listed.clear(),
+            Some(Ok(watcher::Event::InitApply(node))) => listed.extend(row(&node)),
+            Some(Ok(watcher::Event::InitDone)) => {
+                rows = std::mem::take(&mut listed);
+                synced = true;
+            }
+            Some(Ok(watcher::Event::Apply(node))) => rows.extend(row(&node)),
+            Some(Ok(watcher::Event::Delete(node))) => {
+                if let Some((name, _)) = row(&node) {
+                    rows.remove(&name);
+                }
+            }
+            Some(Err(error)) => {
+                tracing::warn!(error = chain(&error), "watching the other nodes; trying again");
+                continue;
+            }
+        }
+        if synced {
+            let peers = Some(list(&rows, &own_name));
+            told.send_if_modified(|held| {
+                let changed = *held != peers;
+                *held = peers;
+                changed
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(name: &str, made: &str, ips: &[&str], ranges: &[&str]) -> (String, Row) {
+        let ips: Vec<_> =
+            ips.iter().map(|ip| serde_json::json!({"type": "InternalIP", "address": ip})).collect();
+        let node = serde_json::json!({
+            "metadata": {"name": name, "creationTimestamp": made},
+            "spec": {"podCIDRs": ranges}, "status": {"addresses": ips}});
+        row(&serde_json::from_value(node).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn older_nodes_come_first_and_incomplete_ones_are_left_out() {
+        let rows = BTreeMap::from([
+            node("a", "2026-01-02T00:00:00Z", &["192.0.2.1", "2001:db8::1"], &["10.244.1.0/24"]),
+            node("b", "2026-01-01T00:00:00Z", &["192.0.2.2"], &["10.244.2.0/24", "fd00::/64"]),
+            node("c", "2026-01-01T00:00:00Z", &[], &["10.244.3.0/24"]),
+            node("d", "2026-01-01T00:00:00Z", &["192.0.2.4"], &[]),
+            node("me", "2026-01-01T00:00:00Z", &["192.0.2.5"], &["10.244.5.0/24"]),
+        ]);
+        let names: Vec<String> = list(&rows, "me").into_iter().map(|peer| peer.name).collect();
+        assert_eq!(names, ["b", "a"]);
+        assert_eq!(list(&rows, "me")[1].node_ips.len(), 2);
+    }
+}

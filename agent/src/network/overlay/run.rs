@@ -1,0 +1,191 @@
+//! When to look. Invariant: every reason leads to the same pass, reasons that come together lead to one, and a pass that
+//! failed is repeated soon.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnetwork::IpNetwork;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::super::netlink::events::{Event, Events};
+use super::super::plan::is_node_link;
+use super::{Done, Inner, Overlay, Peer, plan};
+use crate::limits;
+
+/// Whether an event can concern the overlay.
+fn matters(event: &Event, own: &[IpNetwork], devices: &[u32]) -> bool {
+    match event {
+        Event::Lost | Event::Address { .. } => true,
+        Event::Link { name, .. } => !is_node_link(name),
+        // Pods of this node come and go; what leads to peers is no part of its range.
+        Event::Route { to, protocol } => {
+            *protocol == plan::PROTOCOL
+                || !own.iter().any(|range| range.contains(to.network()) && to.prefix() > range.prefix())
+        }
+        // The hosts' own neighbours change all the time.
+        Event::Neighbour { link } => devices.contains(link),
+    }
+}
+
+impl Overlay {
+    /// Keeps the kernel as `peers` want it, until `shutdown`. `follow` is called when pods' links are to get another
+    /// MTU.
+    pub(crate) async fn run<F: Future<Output = ()> + Send + 'static>(
+        self,
+        mut peers: watch::Receiver<Option<Vec<Peer>>>,
+        follow: impl Fn() -> F,
+        shutdown: CancellationToken,
+    ) {
+        let mut events = listen();
+        let mut timer = tokio::time::interval(limits::secs(limits::OVERLAY_RESYNC_PERIOD_S));
+        timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut again: Option<Instant> = None;
+        let mut pause = limits::OVERLAY_RETRY_FIRST_MS;
+        let mut told = false;
+        loop {
+            let mut news = false;
+            let later =
+                again.unwrap_or_else(|| Instant::now() + limits::secs(limits::OVERLAY_RESYNC_PERIOD_S));
+            tokio::select! {
+                changed = peers.changed() => {
+                    if changed.is_err() {
+                        // Whoever told the peers ended: with the agent.
+                        return shutdown.cancelled().await;
+                    }
+                    news = true;
+                }
+                heard = self.inner.hear(&mut events) => if !heard { continue },
+                _ = timer.tick() => {
+                    if events.is_none() {
+                        events = listen();
+                    }
+                }
+                () = tokio::time::sleep_until(later), if again.is_some() => {}
+                () = shutdown.cancelled() => return,
+            }
+            if !news {
+                // What happens together is looked at once.
+                tokio::time::sleep(limits::millis(limits::OVERLAY_GATHER_MS)).await;
+            }
+            if let Some(now) = peers.borrow_and_update().clone() {
+                let mut state = self.inner.state();
+                state.peers = now;
+                state.synced = true;
+            }
+            let done = self.inner.pass_on_a_thread().await;
+            report(&done, news, &mut told);
+            if done.mtu_changed {
+                tracing::info!(mtu = self.pod_mtu(), "pods' links get another MTU");
+                tokio::spawn(follow());
+            }
+            if done.failed.is_empty() {
+                (again, pause) = (None, limits::OVERLAY_RETRY_FIRST_MS);
+            } else {
+                again = Some(Instant::now() + Duration::from_millis(pause));
+                pause = (pause * 2).min(limits::OVERLAY_RETRY_MAX_MS);
+            }
+        }
+    }
+}
+
+fn report(done: &Done, news: bool, told: &mut bool) {
+    for what in &done.steps {
+        if news {
+            tracing::debug!(what, "overlay");
+        } else {
+            tracing::info!(what, "overlay repaired");
+        }
+    }
+    for why in &done.failed {
+        if !*told {
+            tracing::warn!(why, "overlay: tried again until it works");
+        }
+    }
+    *told = !done.failed.is_empty();
+}
+
+/// Events that wait for a pass; more wait in the socket, and where that is full the kernel says so.
+const QUEUED_MAX: usize = 16;
+
+/// Listens on a thread of its own, which ends when nobody wants to hear it any more.
+fn listen() -> Option<mpsc::Receiver<Vec<Event>>> {
+    let (told, heard) = mpsc::channel(QUEUED_MAX);
+    let listening = Events::open().and_then(|mut events| {
+        let listen = move || {
+            while !told.is_closed() {
+                let taken = events.take().unwrap_or_else(|error| {
+                    tracing::debug!(%error, "reading the kernel's events");
+                    std::thread::sleep(limits::millis(limits::OVERLAY_RETRY_FIRST_MS));
+                    vec![Event::Lost]
+                });
+                if !taken.is_empty() && told.blocking_send(taken).is_err() {
+                    return;
+                }
+            }
+        };
+        std::thread::Builder::new().name("overlay-events".to_owned()).spawn(listen)
+    });
+    match listening {
+        Ok(_) => Some(heard),
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the kernel tells no changes of links and routes; they are looked at from time to time"
+            );
+            None
+        }
+    }
+}
+
+impl Inner {
+    /// Waits until something happened; whether it matters.
+    async fn hear(&self, events: &mut Option<mpsc::Receiver<Vec<Event>>>) -> bool {
+        let Some(receiver) = events else { return std::future::pending().await };
+        let Some(mut taken) = receiver.recv().await else {
+            *events = None;
+            return true;
+        };
+        while let Ok(more) = receiver.try_recv() {
+            taken.extend(more);
+        }
+        let devices = self.state().devices.clone();
+        taken.iter().any(|event| matters(event, &self.config.pod_cidrs, &devices))
+    }
+
+    async fn pass_on_a_thread(self: &Arc<Self>) -> Done {
+        let inner = Arc::clone(self);
+        match tokio::task::spawn_blocking(move || inner.pass()).await {
+            Ok(done) => done,
+            Err(_) => Done { failed: vec!["the overlay's worker stopped".to_owned()], ..Done::default() },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_concerns_the_overlay_is_looked_at() {
+        let own: Vec<IpNetwork> = vec!["10.244.1.0/24".parse().unwrap()];
+        let route = |to: &str, protocol| Event::Route { to: to.parse().unwrap(), protocol };
+        let link = |name: &str| Event::Link { index: 1, name: name.to_owned() };
+        let all = [
+            (Event::Lost, true),
+            (route("10.244.1.7/32", 4), false),
+            (route("10.244.1.0/24", 84), true),
+            (route("10.244.2.0/24", 84), true),
+            (route("0.0.0.0/0", 4), true),
+            (link("eth0"), true),
+            (link("sheave-vx4"), true),
+            (link("shv0123456789ab"), false),
+            (Event::Neighbour { link: 5 }, true),
+            (Event::Neighbour { link: 6 }, false),
+        ];
+        for (event, wanted) in all {
+            assert_eq!(matters(&event, &own, &[5]), wanted, "{event:?}");
+        }
+    }
+}
