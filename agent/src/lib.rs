@@ -28,7 +28,7 @@ use cluster::{Client, events, lease, node, pods};
 use dataplane::ebpf::GuardConfig;
 use dataplane::{DataplaneConfig, StatsHandle};
 use network::cni::{CniSettings, Door};
-use network::overlay::{self, Overlay, OverlayConfig, Peer, PeersFile, PodMtu};
+use network::overlay::{self, Overlay, OverlayConfig, OverlayView, Peer, PeersFile};
 use network::{Network, NetworkConfig};
 use pod::act::Means;
 use pod::driver::Driver;
@@ -149,8 +149,7 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         }
         let (opened, overlay) = open_network(&config).await?;
         let peers = watch_peers(&config, client, &mut tasks, &shutdown);
-        let follow = follow_mtu(opened.clone());
-        spawn(&mut tasks, "overlay", overlay.run(peers, follow, shutdown.clone()), &shutdown);
+        spawn(&mut tasks, "overlay", overlay.run(peers, opened.clone(), shutdown.clone()), &shutdown);
         let door = Door::open(opened.clone(), CniSettings::below(&config.run_dir, &config.state_dir)).await?;
         spawn(&mut tasks, "CNI server", door.serve(shutdown.clone()), &shutdown);
         if let Some(client) = client {
@@ -362,7 +361,7 @@ async fn find_ranges(
 
 /// What connects pods, those of this agent and those of other runtimes.
 async fn open_network(config: &AgentConfig) -> Result<(Network, Overlay), AgentError> {
-    let pod_mtu = PodMtu::default();
+    let view = OverlayView::default();
     let overlay = OverlayConfig {
         settings: config.overlay.clone(),
         node_name: config.node_name.clone(),
@@ -370,14 +369,14 @@ async fn open_network(config: &AgentConfig) -> Result<(Network, Overlay), AgentE
         pod_cidrs: config.pod_cidrs.clone(),
         uplinks: config.uplinks.clone(),
         run_dir: config.run_dir.clone(),
-        pod_mtu: pod_mtu.clone(),
+        view: view.clone(),
     };
     let network = NetworkConfig {
         state_dir: config.state_dir.clone(),
         node_ips: config.node_ips.clone(),
         pod_cidrs: config.pod_cidrs.clone(),
         uplinks: config.uplinks.clone(),
-        pod_mtu,
+        overlay: view,
     };
     let network = Network::open(network).await?;
     let overlay = Overlay::open(overlay, network.nat()).await?;
@@ -408,21 +407,6 @@ fn watch_peers(
         (None, None) => {}
     }
     peers
-}
-
-/// What gives pods' links another MTU.
-fn follow_mtu(network: Network) -> impl Fn() -> futures::future::BoxFuture<'static, ()> {
-    move || {
-        let network = network.clone();
-        Box::pin(async move {
-            match network.follow_mtu().await {
-                Ok(report) => tracing::info!(changed = report.repaired.len(), "pods follow the MTU"),
-                Err(error) => {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "pods keep their MTU for now");
-                }
-            }
-        })
-    }
 }
 
 /// Makes an event of the node each time that no address was left for a runtime's container.

@@ -134,6 +134,8 @@ pub const NETLINK_EVENTS_WAIT_MS: i64 = 1_000;
 pub const PEERS_FILE_LOOK_PERIOD_MS: u64 = 500;
 /// How often the overlay is compared with the kernel where no event asks for it.
 pub const OVERLAY_RESYNC_PERIOD_S: u64 = 10;
+/// How often the nftables table of pods is looked at.
+pub const NAT_LOOK_PERIOD_S: u64 = 1;
 /// How long events of the kernel are gathered before the overlay is looked at.
 pub const OVERLAY_GATHER_MS: u64 = 5;
 /// First pause after a step of the overlay failed; doubles up to [`OVERLAY_RETRY_MAX_MS`].

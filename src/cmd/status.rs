@@ -4,9 +4,11 @@
 use std::io::Write;
 
 use anyhow::{Result, bail};
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, ListParams};
 use sheave_agent::dataplane::Mode;
+use sheave_agent::network::overlay;
 
 use super::table::Table;
 use crate::cli::StatusFlags;
@@ -16,7 +18,12 @@ pub(super) fn run(flags: &StatusFlags) -> Result<()> {
     let paths = super::paths(&flags.base)?;
     let mut out = std::io::stdout();
     let mut failed = false;
-    match super::runtime()?.block_on(cluster(&kubeconfig)) {
+    let network = sheave_agent::network::overlay::read_status(&paths.run_dir);
+    // A network alone does without an API server.
+    let alone = flags.kubeconfig.is_none() && !kubeconfig.exists() && matches!(network, Ok(Some(_)));
+    let asked = if alone { Ok(Vec::new()) } else { super::runtime()?.block_on(cluster(&kubeconfig)) };
+    match asked {
+        Ok(_) if alone => writeln!(out, "API server: none known here ({})", kubeconfig.display())?,
         Ok(rows) => {
             let mut table = Table::new(&["NODE", "READY", "PODS", "RUNNING", "ADDRESS", "VERSION"]);
             for row in rows {
@@ -30,10 +37,58 @@ pub(super) fn run(flags: &StatusFlags) -> Result<()> {
         }
     }
     failed |= !services(&mut out, &paths)?;
+    match network {
+        Ok(Some(status)) => failed |= !self::network(&mut out, &paths, &status)?,
+        Ok(None) => writeln!(out, "network: no agent connects pods on this node")?,
+        Err(error) => {
+            failed = true;
+            writeln!(out, "network: {error}")?;
+        }
+    }
     if failed {
         bail!("some of it could not be read");
     }
     Ok(())
+}
+
+/// Peers, tunnels and addresses; false when they can't be read or something is wrong with them.
+fn network(out: &mut impl Write, paths: &super::Paths, status: &overlay::Status) -> Result<bool> {
+    let tunnels = if status.tunnels.is_empty() { "none".to_owned() } else { status.tunnels.join(", ") };
+    let known = if status.synced { "" } else { "; the peers of the last run, the API has not answered yet" };
+    writeln!(
+        out,
+        "network: overlay {}, tunnels {tunnels}, mtu of pods {}, peers reached {}{known}",
+        status.mode,
+        status.pod_mtu,
+        status.peers.iter().map(|way| &way.peer).collect::<std::collections::BTreeSet<_>>().len()
+    )?;
+    let mut table = Table::new(&["PEER", "RANGE", "AT", "BY", "LINK", "MTU"]);
+    for way in &status.peers {
+        let mtu = way.mtu.to_string();
+        table.row([&way.peer, &way.range, &way.to, &way.by, &way.link, &mtu].map(String::clone));
+    }
+    if !status.peers.is_empty() {
+        table.print(out)?;
+    }
+    for why in status.refused.iter().chain(&status.failed) {
+        writeln!(out, "network: {why}")?;
+    }
+    let ranges: Vec<IpNetwork> = status.pod_cidrs.iter().filter_map(|range| range.parse().ok()).collect();
+    let held = match sheave_agent::network::inventory(&paths.state_dir, &ranges) {
+        Ok(held) => held,
+        Err(error) => {
+            writeln!(out, "network: {:#}", anyhow::Error::new(error))?;
+            return Ok(false);
+        }
+    };
+    for pool in &held.pools {
+        writeln!(out, "addresses: {} of {} in {} are given", pool.leased, pool.capacity, pool.range)?;
+    }
+    writeln!(out, "pods connected: {}, leaks: {}", held.attachments, held.leaks.len())?;
+    for leak in &held.leaks {
+        writeln!(out, "leak: {leak}")?;
+    }
+    Ok(true)
 }
 
 /// What balances and what it holds; false when that can't be read.

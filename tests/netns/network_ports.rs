@@ -375,7 +375,8 @@ fn a_pods_host_ports_come_and_go_with_it() {
     if !require_root() {
         return;
     }
-    let mut bed = pod_bed::Bed::new(&[]);
+    // Without host ports the table is to be gone, and masquerading would keep it.
+    let mut bed = pod_bed::Bed::new(&["--masquerade", "false"]);
     bed.apply(WEB);
     bed.wait_ready("web");
     let at =

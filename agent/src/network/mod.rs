@@ -12,6 +12,7 @@ mod bandwidth;
 pub mod cni;
 mod doom;
 mod error;
+mod inventory;
 mod ipam;
 mod leases;
 pub(crate) mod nat;
@@ -31,6 +32,7 @@ use ipnetwork::IpNetwork;
 
 pub use bandwidth::Bandwidth;
 pub use error::NetworkError;
+pub use inventory::{Inventory, PoolUse, inventory};
 pub use node::{NodeAddresses, node_addresses};
 pub use ports::{PortMapping, PortsOf, Protocol};
 
@@ -62,7 +64,7 @@ pub struct NetworkConfig {
     /// Links to the outside, whose smallest MTU the pods get. Empty means those of the default routes.
     pub uplinks: Vec<String>,
     /// What else limits the packets of pods.
-    pub pod_mtu: overlay::PodMtu,
+    pub overlay: overlay::OverlayView,
 }
 
 /// What a pod got.
@@ -274,7 +276,7 @@ impl Inner {
             }
         }
         let mtu = node::mtu(&uplinks);
-        let mtu = self.config.pod_mtu.get().map_or(mtu, |limit| mtu.min(limit));
+        let mtu = self.config.overlay.pod_mtu().map_or(mtu, |limit| mtu.min(limit));
         self.state().facts = Facts { mtu, sources: tables.sources(&ips) };
         let v4 = self.config.pod_cidrs.iter().any(IpNetwork::is_ipv4);
         let v6 = self.config.pod_cidrs.iter().any(IpNetwork::is_ipv6);

@@ -25,6 +25,7 @@ mod rolling;
 mod soak_control;
 mod soak_fuzz;
 mod soak_node;
+mod soak_overlay;
 mod soak_services;
 
 use std::path::PathBuf;
@@ -83,6 +84,7 @@ enum Soak {
     KillControl,
     KillNode,
     KillServices,
+    Overlay,
     Rolling,
 }
 
@@ -114,6 +116,7 @@ fn main() -> Result<()> {
             Soak::KillControl => block_on(soak_control::run(rounds.unwrap_or(30))),
             Soak::KillNode => soak_node::run(rounds.unwrap_or(20)),
             Soak::KillServices => soak_services::run(rounds.unwrap_or(200)),
+            Soak::Overlay => soak_overlay::run(rounds.unwrap_or(100)),
             Soak::Rolling => {
                 let mode = Mode::from_name(&mode)
                     .with_context(|| format!("--mode {mode}: ebpf, nftables or ipvs"))?;

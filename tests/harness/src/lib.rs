@@ -9,6 +9,7 @@ pub mod image;
 pub mod isolate;
 pub mod netns;
 pub mod node;
+pub mod overlay;
 pub mod report;
 pub mod wait;
 

@@ -41,18 +41,18 @@ const ROUNDS_MAX: usize = 3;
 /// Destinations that are many hosts at once: translating their senders helps nobody.
 const MULTICAST: [&str; 3] = ["224.0.0.0/4", "255.255.255.255/32", "ff00::/8"];
 
-/// Largest packet that a pod's link is to take, told to whoever makes links. Cheap to clone.
+/// What the overlay tells whoever connects pods. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct PodMtu(Arc<AtomicU32>);
+pub struct OverlayView(Arc<AtomicU32>);
 
-impl PodMtu {
-    /// Bytes; `None` while nothing limits it beside the uplinks.
-    pub fn get(&self) -> Option<u32> {
+impl OverlayView {
+    /// Largest packet that a pod's link is to take, bytes; `None` while nothing limits it beside the uplinks.
+    pub fn pod_mtu(&self) -> Option<u32> {
         Some(self.0.load(Ordering::Relaxed)).filter(|mtu| *mtu > 0)
     }
 
     /// Whether it is another one now.
-    fn set(&self, mtu: u32) -> bool {
+    fn set_mtu(&self, mtu: u32) -> bool {
         self.0.swap(mtu, Ordering::Relaxed) != mtu
     }
 }
@@ -73,7 +73,7 @@ pub struct OverlayConfig {
     /// Where the state is told to `sheave status`, and peers are remembered until the next boot.
     pub run_dir: PathBuf,
     /// Where the MTU for pods is told.
-    pub pod_mtu: PodMtu,
+    pub view: OverlayView,
 }
 
 /// The overlay of this node. Cheap to clone. Its work runs on blocking threads of the runtime, in the network namespace
@@ -133,22 +133,12 @@ impl Overlay {
 
     /// The MTU for pods, bytes.
     pub fn pod_mtu(&self) -> Option<u32> {
-        self.inner.config.pod_mtu.get()
+        self.inner.config.view.pod_mtu()
     }
 
     /// What is reached how.
     pub fn status(&self) -> Status {
         self.inner.state().status.clone()
-    }
-
-    /// Whether every peer is reached, as far as this node can tell; if not, why.
-    pub fn impaired(&self) -> Option<String> {
-        let state = self.inner.state();
-        let why = state.status.failed.first().cloned();
-        why.or_else(|| {
-            let refused = state.status.refused.first()?;
-            Some(refused.clone())
-        })
     }
 }
 
@@ -193,7 +183,7 @@ impl Inner {
             done.failed.push(super::in_full(&error));
         }
         if let Some(plan) = plan {
-            done.mtu_changed = self.config.pod_mtu.set(plan.pod_mtu);
+            done.mtu_changed = self.config.view.set_mtu(plan.pod_mtu);
             self.drop_in(&plan, &mut done);
             self.tell(&wish, &plan, &done);
         }
@@ -252,6 +242,15 @@ impl Inner {
             done.steps.push("write the nftables table anew".to_owned());
         }
         Ok(())
+    }
+
+    /// Looks whether somebody changed the nftables table; costs one request where nobody did.
+    fn mend_nat(&self) {
+        match self.nat.repair() {
+            Ok(false) => {}
+            Ok(true) => tracing::info!("the nftables table was changed by somebody else and is written anew"),
+            Err(error) => tracing::warn!(error = super::in_full(&error), "looking at the nftables table"),
+        }
     }
 
     fn drop_in(&self, plan: &Plan, done: &mut Done) {

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::super::Network;
 use super::super::netlink::events::{Event, Events};
 use super::super::plan::is_node_link;
 use super::{Done, Inner, Overlay, Peer, plan};
@@ -30,17 +31,18 @@ fn matters(event: &Event, own: &[IpNetwork], devices: &[u32]) -> bool {
 }
 
 impl Overlay {
-    /// Keeps the kernel as `peers` want it, until `shutdown`. `follow` is called when pods' links are to get another
-    /// MTU.
-    pub(crate) async fn run<F: Future<Output = ()> + Send + 'static>(
+    /// Keeps the kernel as `peers` want it, until `shutdown`, and tells `network` what that means for pods.
+    pub(crate) async fn run(
         self,
         mut peers: watch::Receiver<Option<Vec<Peer>>>,
-        follow: impl Fn() -> F,
+        network: Network,
         shutdown: CancellationToken,
     ) {
         let mut events = listen();
         let mut timer = tokio::time::interval(limits::secs(limits::OVERLAY_RESYNC_PERIOD_S));
         timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut nat = tokio::time::interval(limits::secs(limits::NAT_LOOK_PERIOD_S));
+        nat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut again: Option<Instant> = None;
         let mut pause = limits::OVERLAY_RETRY_FIRST_MS;
         let mut told = false;
@@ -57,6 +59,12 @@ impl Overlay {
                     news = true;
                 }
                 heard = self.inner.hear(&mut events) => if !heard { continue },
+                _ = nat.tick() => {
+                    let inner = Arc::clone(&self.inner);
+                    // A look that broke off is followed by the next.
+                    tokio::task::spawn_blocking(move || inner.mend_nat()).await.ok();
+                    continue;
+                }
                 _ = timer.tick() => {
                     if events.is_none() {
                         events = listen();
@@ -76,9 +84,10 @@ impl Overlay {
             }
             let done = self.inner.pass_on_a_thread().await;
             report(&done, news, &mut told);
+            network.set_impaired(done.failed.first().cloned());
             if done.mtu_changed {
                 tracing::info!(mtu = self.pod_mtu(), "pods' links get another MTU");
-                tokio::spawn(follow());
+                tokio::spawn(follow_mtu(network.clone()));
             }
             if done.failed.is_empty() {
                 (again, pause) = (None, limits::OVERLAY_RETRY_FIRST_MS);
@@ -86,6 +95,24 @@ impl Overlay {
                 again = Some(Instant::now() + Duration::from_millis(pause));
                 pause = (pause * 2).min(limits::OVERLAY_RETRY_MAX_MS);
             }
+        }
+    }
+}
+
+/// Gives pods' links another MTU.
+async fn follow_mtu(network: Network) {
+    match network.follow_mtu().await {
+        Ok(done) => {
+            tracing::info!(changed = done.repaired.len(), "pods' links follow the MTU");
+            for (pod, why) in &done.broken {
+                tracing::warn!(pod, why, "a pod's link keeps its MTU");
+            }
+            for why in &done.failed {
+                tracing::warn!(why, "a pod's link keeps its MTU");
+            }
+        }
+        Err(error) => {
+            tracing::warn!(error = &error as &dyn std::error::Error, "pods' links keep their MTU for now");
         }
     }
 }

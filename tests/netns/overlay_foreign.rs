@@ -1,0 +1,79 @@
+//! What agents ask of an API server: nothing that only Sheave's has, so that anybody's serves them.
+
+use std::collections::BTreeMap;
+
+use serde_json::json;
+use sheave_harness::overlay::{Bed, Host, Ips, Pod, all_pairs};
+use sheave_harness::{Cgroup, require_root, unique, wait_for};
+
+/// What was asked and answered, by verb and resource.
+fn requests(bed: &Bed) -> BTreeMap<(String, String), u64> {
+    let text = bed.text("GET", "/metrics", None).expect("the API's counters");
+    let mut found = BTreeMap::new();
+    for line in text.lines().filter(|line| line.starts_with("apiserver_request_total{")) {
+        let label = |name: &str| {
+            let rest = line.split_once(&format!("{name}=\"")).expect("a label").1;
+            rest.split('"').next().expect("its value").to_owned()
+        };
+        let count: u64 = line.rsplit(' ').next().and_then(|n| n.parse().ok()).expect("a count");
+        *found.entry((label("verb"), label("resource"))).or_default() += count;
+    }
+    found
+}
+
+#[test]
+fn network_and_services_need_lists_and_watches_of_kubernetes_own_kinds_only() {
+    if !require_root() {
+        return;
+    }
+    let cgroup = Cgroup::new("foreign");
+    let mut bed = Bed::new(env!("CARGO_BIN_EXE_sheave"));
+    bed.control();
+    // What a cluster has before we come: Nodes, a Service and its endpoints.
+    let mut hosts: Vec<Host> = (0..2).map(|_| bed.join(Ips::Both, &[])).collect();
+    hosts.iter_mut().for_each(Host::kill9);
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"ports": [{"port": 80}]}});
+    bed.raw("POST", "/api/v1/namespaces/default/services", Some(&service)).expect("make a Service");
+    let before = requests(&bed);
+
+    let (pins, group) = (unique("sheave-foreign"), cgroup.path().display().to_string());
+    let pins = format!("/sys/fs/bpf/{pins}");
+    let more = ["--data-plane", "nftables", "--cgroup-path", &group, "--pin-dir", &pins];
+    for host in &mut hosts {
+        host.set_components("network,services", &more);
+        host.start();
+        host.wait_serving();
+    }
+    let pods: Vec<Pod> = hosts.iter().map(Host::pod).collect();
+    hosts.iter().for_each(|host| host.wait_ways(2));
+    all_pairs(&pods.iter().collect::<Vec<_>>());
+    for host in &hosts {
+        wait_for("services in the kernel", || {
+            let table = host.netns.command("nft").args(["list", "table", "inet", "sheave"]).output();
+            let table = table.map_err(|error| error.to_string())?;
+            let text = String::from_utf8_lossy(&table.stdout).into_owned();
+            if table.status.success() { Ok(()) } else { Err(format!("{text}\n{}", host.log())) }
+        });
+    }
+    // Watches are counted when they end.
+    hosts.iter_mut().for_each(Host::kill9);
+    let watched = wait_for("the watches to be counted", || {
+        let after = requests(&bed);
+        let count = |all: &BTreeMap<(String, String), u64>| {
+            all.iter().filter(|((verb, _), _)| verb == "watch").map(|(_, count)| *count).sum::<u64>()
+        };
+        if count(&after) >= count(&before) + 4 { Ok(after) } else { Err(format!("{after:?}")) }
+    });
+    let kinds = ["nodes", "pods", "services", "endpointslices", "networkpolicies", "namespaces"];
+    for ((verb, resource), count) in &watched {
+        let new = count - before.get(&(verb.clone(), resource.clone())).copied().unwrap_or(0);
+        // Ours: the counters.
+        if new == 0 || verb == "other" {
+            continue;
+        }
+        let kind = resource.split('.').next().unwrap_or_default();
+        let allowed = ["list", "watch", "patch"].contains(&verb.as_str()) && kinds.contains(&kind);
+        assert!(allowed, "{new} times {verb} of {resource}: {watched:?}");
+    }
+}
