@@ -215,7 +215,8 @@ impl Inner {
             leases.iter().map(|lease| (lease.uid.clone(), there(lease))).collect();
         let links = our_links()?;
         if !leases.is_empty() || !links.is_empty() {
-            self.carry_out_all(&decide_cni(&links, &leases, &self.state().busy.clone()), &mut report)?;
+            let busy = self.state().busy.clone();
+            self.carry_out_all(&decide_cni(&links, &leases, &busy), &mut report)?;
         }
         // Last: what was adopted has its ports from the table.
         report.repaired.extend(self.restore_ports()?);
