@@ -400,7 +400,8 @@ fn watch_peers(
             spawn(tasks, "peers file", following, shutdown);
         }
         (None, Some(client)) => {
-            let watching = cluster::peers::watch(client.kube(), name, told, shutdown.clone());
+            let ranges = config.pod_cidrs.clone();
+            let watching = cluster::peers::watch(client.kube(), name, ranges, told, shutdown.clone());
             spawn(tasks, "watch of nodes", watching, shutdown);
         }
         // `needs_api` is false only with a peers file.

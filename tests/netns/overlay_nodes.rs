@@ -164,6 +164,17 @@ fn nodes_without_a_cluster_know_each_other_from_a_file() {
     hosts[1].wait_serving();
     let second = hosts[1].pod();
     all_pairs(&[&first, &second]);
+    // Also without an API server; what else it looks at need not be there.
+    let told = hosts[0].sheave(&["status"]).unwrap_or_else(|text| text);
+    for part in [
+        "overlay vxlan, tunnels sheave-vx4, mtu of pods 1450, peers reached 1",
+        "10.8.2.0/24",
+        "addresses: 1 of 253 in 10.8.1.0/24 are given",
+        "pods connected: 1, leaks: 0",
+        "API server: none known here",
+    ] {
+        assert!(told.contains(part), "{part:?} in {told}");
+    }
     std::fs::write(&peers, entry(&hosts[0], "1")).expect("write the file");
     hosts[0].wait_ways(0);
     assert!(try_talk(&first.netns, &second.netns, second.ips[0]).is_err(), "who left is forgotten");

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use futures::StreamExt as _;
+use ipnetwork::IpNetwork;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use tokio::sync::watch;
@@ -32,17 +33,31 @@ fn list(rows: &BTreeMap<String, Row>, own_name: &str) -> Vec<Peer> {
     others.into_iter().map(|(_, peer)| peer.clone()).collect()
 }
 
+/// Why other nodes would not find this node's pods, if the Node says other ranges than those in use.
+fn mismatch(rows: &BTreeMap<String, Row>, own_name: &str, own_ranges: &[IpNetwork]) -> Option<String> {
+    let (_, own) = rows.get(own_name)?;
+    let missing = own_ranges.iter().find(|range| !own.pod_cidrs.contains(range))?;
+    (!own.pod_cidrs.is_empty()).then(|| {
+        format!(
+            "pods of this node get addresses of {missing}, but its Node has spec.podCIDRs {:?}: other nodes do not \
+             find them; leave --pod-cidr out",
+            own.pod_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>()
+        )
+    })
+}
+
 /// Tells the other nodes of the cluster whenever they change, until `shutdown`.
 pub(crate) async fn watch(
     client: kube::Client,
     own_name: String,
+    own_ranges: Vec<IpNetwork>,
     told: watch::Sender<Option<Vec<Peer>>>,
     shutdown: CancellationToken,
 ) {
     let api: kube::Api<WireNode> = kube::Api::all(client);
     let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).backoff(Reconnect::default()));
     let (mut rows, mut listed): (BTreeMap<String, Row>, _) = (BTreeMap::new(), BTreeMap::new());
-    let mut synced = false;
+    let (mut synced, mut warned) = (false, None);
     loop {
         let event = tokio::select! {
             event = events.next() => event,
@@ -68,6 +83,11 @@ pub(crate) async fn watch(
             }
         }
         if synced {
+            let wrong = mismatch(&rows, &own_name, &own_ranges);
+            if let Some(why) = wrong.as_ref().filter(|_| wrong != warned) {
+                tracing::warn!(why, "pod ranges");
+            }
+            warned = wrong;
             let peers = Some(list(&rows, &own_name));
             told.send_if_modified(|held| {
                 let changed = *held != peers;
@@ -103,5 +123,10 @@ mod tests {
         let names: Vec<String> = list(&rows, "me").into_iter().map(|peer| peer.name).collect();
         assert_eq!(names, ["b", "a"]);
         assert_eq!(list(&rows, "me")[1].node_ips.len(), 2);
+        let ranges = |range: &str| vec![range.parse().unwrap()];
+        assert_eq!(mismatch(&rows, "me", &ranges("10.244.5.0/24")), None);
+        let why = mismatch(&rows, "me", &ranges("10.244.6.0/24")).unwrap();
+        assert!(why.contains("10.244.6.0/24") && why.contains("10.244.5.0/24"), "{why}");
+        assert_eq!(mismatch(&rows, "d", &ranges("10.244.6.0/24")), None, "it has none yet");
     }
 }

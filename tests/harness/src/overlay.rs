@@ -80,6 +80,8 @@ pub struct Host {
     dir: PathBuf,
     args: Vec<String>,
     components: &'static str,
+    /// Where the agent pins its maps, programs and links.
+    pins: PathBuf,
     agent: Option<Program>,
 }
 
@@ -90,7 +92,8 @@ impl Host {
         let mut command = self.netns.command(&self.bin);
         command.args(["agent", "--components", self.components, "--node-name", &self.name]);
         command.args(["--state-dir", &self.path("state"), "--run-dir", &self.path("run")]);
-        command.args(["--log-dir", &self.path("log"), "--uplink", "eth0"]).args(&self.args);
+        command.args(["--log-dir", &self.path("log"), "--uplink", "eth0"]);
+        command.arg("--pin-dir").arg(&self.pins).args(&self.args);
         self.agent = Some(Program::start(&mut command, &self.dir.join("agent.log")));
     }
 
@@ -187,6 +190,7 @@ impl Host {
     pub fn sheave(&self, args: &[&str]) -> Result<String, String> {
         let mut command = self.netns.command(&self.bin);
         command.args(args).args(["--state-dir", &self.path("state"), "--run-dir", &self.path("run")]);
+        command.arg("--pin-dir").arg(&self.pins);
         let output = command.output().map_err(|error| error.to_string())?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         if output.status.success() { Ok(text) } else { Err(text + &String::from_utf8_lossy(&output.stderr)) }
@@ -211,6 +215,14 @@ impl Host {
         ips.sort();
         let mtu = mtu(&netns, "eth0");
         Ok(Pod { netns, id, ips, mtu })
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        drop(self.agent.take());
+        // Not there where the agent pinned nothing.
+        std::fs::remove_dir_all(&self.pins).ok();
     }
 }
 
@@ -313,7 +325,9 @@ impl Bed {
         let dir = self.dir.path().join(&name);
         std::fs::create_dir(&dir).expect("make the node's directory");
         let args = args.iter().map(|arg| (*arg).to_owned()).collect();
-        Host { name, netns, ip4, ip6, bin: self.bin.clone(), dir, args, components: "network", agent: None }
+        let pins = Path::new("/sys/fs/bpf").join(unique("sheave-host"));
+        let (bin, components) = (self.bin.clone(), "network");
+        Host { name, netns, ip4, ip6, bin, dir, args, components, pins, agent: None }
     }
 
     /// Makes the Node, as a kubelet would, with these addresses.

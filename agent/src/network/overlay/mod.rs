@@ -283,6 +283,9 @@ fn hint(step: &Step, error: &std::io::Error) -> &'static str {
 /// Takes devices, routes and settings of the overlay off the calling thread's network namespace. Goes on past errors.
 pub fn remove_all() -> Vec<String> {
     let mut failures = Vec::new();
+    if let Err(error) = Nat::uninstall() {
+        failures.push(super::in_full(&error));
+    }
     let mut connection = match Connection::open() {
         Ok(connection) => connection,
         Err(error) => return vec![format!("opening a netlink socket: {error}")],
