@@ -211,7 +211,10 @@ impl Session {
     }
 
     fn delegate(&self, ipam: &str, command: Command) -> Result<Option<Value>, Error> {
-        delegate::run(ipam, &self.call.path, command, &self.text, self.deadline)
+        // What it gives must still be connected, or taken back.
+        let reserve = if command == Command::Add { 3 * RESERVE_MS } else { 0 };
+        let deadline = self.deadline - Duration::from_millis(reserve);
+        delegate::run(ipam, &self.call.path, command, &self.text, deadline)
     }
 
     /// Opens the container's namespace and makes sure that it is one, and not our own.

@@ -14,6 +14,15 @@ const CALLS_MAX: usize = 4096;
 /// Pause between two tries of a lock that is held.
 const LOCK_PAUSE_MS: u64 = 5;
 
+/// True where calls wait, as far as can be seen without the lock: a call that its writer is done with is seen.
+pub fn has_calls(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|mut all| all.any(|entry| entry.is_ok_and(|entry| is_call(&entry.path()))))
+}
+
+fn is_call(path: &Path) -> bool {
+    path.extension().is_some_and(|ext| ext == "json")
+}
+
 /// The spool, locked.
 #[derive(Debug)]
 pub struct Spool {
@@ -41,7 +50,7 @@ impl Spool {
     fn names(&self) -> io::Result<Vec<PathBuf>> {
         let all = fs::read_dir(&self.dir)?.map(|entry| Ok(entry?.path()));
         let mut names: Vec<PathBuf> = all.collect::<io::Result<_>>()?;
-        names.retain(|path| path.extension().is_some_and(|ext| ext == "json"));
+        names.retain(|path| is_call(path));
         names.sort();
         Ok(names)
     }
@@ -94,7 +103,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("a/spool");
         let spool = Spool::lock(&dir, soon()).unwrap();
+        assert!(!has_calls(&dir));
         spool.push(b"one").unwrap();
+        assert!(has_calls(&dir));
         spool.push(b"two").unwrap();
         fs::write(dir.join("3.new"), "half").unwrap();
         let mut seen = Vec::new();

@@ -22,6 +22,7 @@ mod kubectl;
 mod load_services;
 mod network_pods;
 mod network_ports;
+mod network_records;
 mod network_repair;
 mod overlay_foreign;
 mod overlay_heal;

@@ -35,6 +35,8 @@ pub(super) struct Asked {
     pub(super) bandwidth: Bandwidth,
     /// Ranges whose traffic is to leave with the node's address (`ipMasq`).
     pub(super) masquerade: Vec<IpNetwork>,
+    /// Its own traffic is not to (`ipMasq` is false, and not just absent).
+    pub(super) spared: bool,
 }
 
 impl Asked {

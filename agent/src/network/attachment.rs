@@ -289,12 +289,12 @@ impl Inner {
     /// Lets the ranges of all networks that ask for it leave with the node's address, and no others. Ranges stay for as
     /// long as anybody is connected to the network.
     pub(super) fn masquerade_asked(&self) -> Result<(), NetworkError> {
-        let wanted = self.state().leases.masquerade();
-        if self.nat.read(|desired| desired.asked == wanted)? {
+        let (wanted, spared) = self.state().leases.masquerade();
+        if self.nat.read(|desired| desired.asked == wanted && desired.spared == spared)? {
             return Ok(());
         }
         self.nat.change(|desired| {
-            desired.asked = wanted;
+            (desired.asked, desired.spared) = (wanted, spared);
             Ok(())
         })
     }

@@ -177,10 +177,18 @@ impl Leases {
         self.by_uid.values().cloned().collect()
     }
 
-    /// Ranges whose traffic anybody's network wants to leave with the node's address.
-    pub(super) fn masquerade(&self) -> BTreeSet<IpNetwork> {
-        let asked = self.by_uid.values().filter_map(|lease| lease.asked.as_ref());
-        asked.flat_map(|asked| asked.masquerade.iter().copied()).collect()
+    /// Ranges whose traffic anybody's network wants to leave with the node's address, and addresses whose networks want
+    /// that it does not.
+    pub(super) fn masquerade(&self) -> (BTreeSet<IpNetwork>, BTreeSet<IpAddr>) {
+        let (mut wanted, mut spared) = (BTreeSet::new(), BTreeSet::new());
+        for lease in self.by_uid.values() {
+            let Some(asked) = &lease.asked else { continue };
+            wanted.extend(&asked.masquerade);
+            if asked.spared {
+                spared.extend(&lease.ips);
+            }
+        }
+        (wanted, spared)
     }
 
     /// The pod's lease.

@@ -294,10 +294,16 @@ fn pod_steps(want: &Want, pod: &Observed, gateway_mac: Mac, step: &mut impl FnMu
         let to = everything(ip);
         match want.table {
             Some(table) => step(Side::Pod, Act::RouteIn { table, link: link(), to, via: gateway }),
-            None if !pod.routes.contains(&(to, Some(gateway), None)) => {
-                step(Side::Pod, Act::Route { link: link(), to, via: Some(gateway), src: None });
+            None => {
+                // Others who send by this gateway, as plugins that come after ours may, need a way to it.
+                let near = IpNetwork::from(gateway);
+                if ip.is_ipv4() && !pod.routes.contains(&(near, None, None)) {
+                    step(Side::Pod, Act::Route { link: link(), to: near, via: None, src: None });
+                }
+                if !pod.routes.contains(&(to, Some(gateway), None)) {
+                    step(Side::Pod, Act::Route { link: link(), to, via: Some(gateway), src: None });
+                }
             }
-            None => {}
         }
     }
     if let Some(table) = want.table {
@@ -550,7 +556,7 @@ mod tests {
         assert!(matches!(&again[0].act, Act::CreatePair { peer_mac: [2, 0, 0, 0, 0, 9], .. }));
         let (mut node, mut pod) = (Observed::default(), Observed::default());
         apply(&again, &mut node, &mut pod);
-        assert_eq!(pod.routes.len(), 1);
+        assert_eq!(pod.routes.len(), 2);
     }
 
     #[test]

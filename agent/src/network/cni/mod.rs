@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
-use sheave_cni::spool::Spool;
+use sheave_cni::spool::{Spool, has_calls};
 use sheave_cni::wire::{self, Reply, Request};
 use sheave_cni::{Command, Error, code};
 use tokio::net::UnixListener;
@@ -90,9 +90,9 @@ impl Door {
                 },
             };
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { break };
-            let network = self.network.clone();
+            let (network, spool) = (self.network.clone(), self.settings.spool.clone());
             tokio::task::spawn_blocking(move || {
-                if let Err(error) = one(&network, stream) {
+                if let Err(error) = one(&network, &spool, stream) {
                     tracing::debug!(%error, "a call of the plugin was cut off");
                 }
                 drop(slot);
@@ -196,7 +196,7 @@ fn drain(network: &Network, dir: &Path) -> io::Result<usize> {
 }
 
 /// One connection.
-fn one(network: &Network, stream: tokio::net::UnixStream) -> io::Result<()> {
+fn one(network: &Network, spool: &Path, stream: tokio::net::UnixStream) -> io::Result<()> {
     let stream: UnixStream = stream.into_std()?;
     stream.set_nonblocking(false)?;
     let deadline = Instant::now() + Duration::from_millis(limits::CNI_RECEIVE_TIMEOUT_MS);
@@ -212,6 +212,10 @@ fn one(network: &Network, stream: tokio::net::UnixStream) -> io::Result<()> {
         Err(error) => return send(&Err(error)),
     };
     let begun = Instant::now();
+    // A DEL of the same container may wait there: it was before, and must not come after.
+    if request.command == "ADD" && has_calls(spool) {
+        report("calls that waited", drain(network, spool));
+    }
     let reply = calls::answer(network, &request, netns);
     let sent = send(&reply);
     let key = calls::key_of(&request);

@@ -114,6 +114,7 @@ pub(super) fn asked(
         ports: config.port_mappings.iter().map(port).collect(),
         bandwidth: config.bandwidth.map(limits).unwrap_or_default(),
         masquerade: masquerade(config, given, ranges),
+        spared: config.ip_masq == Some(false),
     }
 }
 

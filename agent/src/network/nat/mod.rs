@@ -57,6 +57,8 @@ pub(crate) struct Masquerade {
     pub(crate) from: Vec<IpNetwork>,
     /// To where it keeps its source: all pods' ranges, and what the configuration excepts. They may overlap.
     pub(crate) except: Vec<IpNetwork>,
+    /// Whose traffic keeps its source although a range of `from` has it.
+    pub(crate) spared: BTreeSet<IpAddr>,
 }
 
 /// What the table is to hold.
@@ -68,17 +70,20 @@ pub(crate) struct Desired {
     pub(crate) masquerade: Option<Masquerade>,
     /// Ranges of networks that ask for it themselves (`ipMasq`). Owner: attachments of runtimes.
     pub(crate) asked: BTreeSet<IpNetwork>,
+    /// Addresses whose networks ask that it is not done. The same owner's.
+    pub(crate) spared: BTreeSet<IpAddr>,
 }
 
 impl Desired {
     /// Everything that is to leave with the node's address; `None` while nobody has told.
     fn leaving(&self) -> Option<Masquerade> {
-        if self.asked.is_empty() {
+        if self.asked.is_empty() && (self.spared.is_empty() || self.masquerade.is_none()) {
             return self.masquerade.clone();
         }
         let mut all = self.masquerade.clone().unwrap_or_default();
         all.from.extend(&self.asked);
         all.except.extend(&self.asked);
+        all.spared.extend(&self.spared);
         Some(all)
     }
 }

@@ -272,8 +272,13 @@ pub(super) fn range_keys(masquerade: &Masquerade, set: &str) -> BTreeSet<(Vec<u8
 
 fn ranges(masquerade: &Masquerade) -> Vec<(&'static str, Span)> {
     let of = |names: &'static Names| {
-        let from = spans(&masquerade.from, names.v4).into_iter().map(|span| (names.from, span));
-        from.chain(spans(&masquerade.except, names.v4).into_iter().map(|span| (names.except, span)))
+        let from = spans(&masquerade.from, &masquerade.spared, names.v4);
+        let from = from.into_iter().map(|span| (names.from, span));
+        from.chain(
+            spans(&masquerade.except, &BTreeSet::new(), names.v4)
+                .into_iter()
+                .map(|span| (names.except, span)),
+        )
     };
     FAMILIES.iter().flat_map(of).collect()
 }
