@@ -140,7 +140,9 @@ fn nodes_without_a_cluster_know_each_other_from_a_file() {
     let mut bed = Bed::new(env!("CARGO_BIN_EXE_sheave"));
     let peers = bed.dir.path().join("peers.toml");
     let path = peers.display().to_string();
-    let args = ["--peers", path.as_str(), "--overlay", "vxlan"];
+    let sysctls = bed.dir.path().join("sysctl.d");
+    let dir = sysctls.display().to_string();
+    let args = ["--peers", path.as_str(), "--overlay", "vxlan", "--sysctl-dir", dir.as_str()];
     let mut hosts: Vec<Host> = (0..2).map(|_| bed.host(&args)).collect();
     let entry = |host: &Host, range: &str| {
         format!(
@@ -164,6 +166,8 @@ fn nodes_without_a_cluster_know_each_other_from_a_file() {
     hosts[1].wait_serving();
     let second = hosts[1].pod();
     all_pairs(&[&first, &second]);
+    let kept = std::fs::read_to_string(sysctls.join("90-sheave-network.conf")).expect("read the sysctl file");
+    assert!(kept.contains("net/ipv4/conf/sheave-vx4/rp_filter = 2"), "{kept}");
     // Also without an API server; what else it looks at need not be there.
     let told = hosts[0].sheave(&["status"]).unwrap_or_else(|text| text);
     for part in [
