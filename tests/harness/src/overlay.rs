@@ -169,7 +169,7 @@ impl Host {
         let plugin = self.bin.with_file_name("sheave-cni");
         let config = json!({
             "cniVersion": "1.0.0", "name": "pods", "type": "sheave-cni",
-            "socket": self.dir.join("run/cni.sock"), "spool": self.dir.join("spool"),
+            "socket": self.dir.join("run/cni.sock"), "spool": self.dir.join("state/network/spool"),
         });
         let mut command = self.netns.command(plugin);
         command.env_clear().env("CNI_COMMAND", verb).env("CNI_CONTAINERID", id).env("CNI_IFNAME", "eth0");
