@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 
 use serde_json::json;
-use sheave_harness::netns::checked;
 use sheave_harness::overlay::{Bed, Host, Ips, Pod, all_pairs};
-use sheave_harness::{Cgroup, require_root, wait_for};
+use sheave_harness::{Cgroup, http, require_root, wait_for};
 
 /// What was asked and answered, by verb and resource.
 fn requests(bed: &Bed) -> BTreeMap<(String, String), u64> {
@@ -49,11 +48,11 @@ fn network_and_services_need_lists_and_watches_of_kubernetes_own_kinds_only() {
     hosts.iter().for_each(|host| host.wait_ways(2));
     all_pairs(&pods.iter().collect::<Vec<_>>());
     for host in &hosts {
-        wait_for("services in the kernel", || {
-            // Not its content: some versions of the tool can't show it.
-            let tables = checked(host.netns.command("nft").args(["list", "tables"]));
-            let found = tables.lines().any(|line| line.trim() == "table inet sheave");
-            if found { Ok(()) } else { Err(format!("{tables}\n{}", host.log())) }
+        // What kube-proxy tells load balancers once it has done its work.
+        let healthz = ([127, 0, 0, 1], 10256).into();
+        wait_for("services in the kernel", || match http::get_in(&host.netns, healthz, "/healthz") {
+            Ok((200, _)) => Ok(()),
+            other => Err(format!("{other:?}\n{}", host.log())),
         });
     }
     // Watches are counted when they end.
