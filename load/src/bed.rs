@@ -32,6 +32,8 @@ const ENDPOINTS: [&str; 2] = ["10.128.0.0/10", "10.192.0.0/11"];
 const CGROUP: &str = "sheave-load-";
 /// Where a BPF file system of the run's own is mounted, for its processes only.
 const BPFFS: &str = "/sys/fs/bpf";
+/// Where files of the run's own are, for its processes only.
+const FILES: &str = "/mnt";
 
 /// Where a connection starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,8 +61,8 @@ impl From {
 /// The CPUs to use: one for clients, another for servers where there is one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cpus {
-    client: usize,
-    server: usize,
+    pub(crate) client: usize,
+    pub(crate) server: usize,
 }
 
 impl Cpus {
@@ -100,6 +102,37 @@ impl Ground {
         let cgroup = root.join(format!("{CGROUP}{}", std::process::id()));
         fs::create_dir(&cgroup).doing(format!("make cgroup {}", cgroup.display()))?;
         Ok(Self { cgroup })
+    }
+}
+
+impl Ground {
+    /// Where processes of the run keep files that nobody else sees, and that go with the run.
+    ///
+    /// # Errors
+    /// When it can't be mounted.
+    pub(crate) fn mount_dir(&self) -> Result<(), LoadError> {
+        mount(Some("tmpfs"), FILES, Some("tmpfs"), MsFlags::empty(), Some("mode=700"))
+            .doing(format!("mount a file system for the run at {FILES}"))
+    }
+
+    /// The directory of [`Ground::mount_dir`].
+    pub(crate) fn dir(&self) -> &'static Path {
+        Path::new(FILES)
+    }
+
+    /// Where pins go.
+    pub(crate) fn pins(&self) -> &'static Path {
+        Path::new(BPFFS)
+    }
+
+    /// A cgroup inside the run's.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub(crate) fn cgroup(&self, name: &str) -> Result<PathBuf, LoadError> {
+        let path = self.cgroup.join(name);
+        fs::create_dir(&path).doing(format!("make cgroup {}", path.display()))?;
+        Ok(path)
     }
 }
 
@@ -254,11 +287,22 @@ impl Drop for Bed {
 }
 
 /// Runs lines of `ip` inside a namespace.
-fn ip(netns: &NetNs, lines: &str) -> Result<(), LoadError> {
-    let mut command = Command::new("ip");
+///
+/// # Errors
+/// When it can't be started, or fails.
+pub(crate) fn ip(netns: &NetNs, lines: &str) -> Result<(), LoadError> {
+    batch("ip", netns, lines)
+}
+
+/// Runs lines of a program of iproute2 inside a namespace.
+///
+/// # Errors
+/// When it can't be started, or fails.
+pub(crate) fn batch(program: &str, netns: &NetNs, lines: &str) -> Result<(), LoadError> {
+    let mut command = Command::new(program);
     command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     netns.apply(&mut command)?;
-    feed(command, lines.as_bytes(), "ip (of iproute2)")
+    feed(command, lines.as_bytes(), &format!("{program} (of iproute2)"))
 }
 
 /// Runs a program with `input` as its standard input.
@@ -281,7 +325,10 @@ pub(crate) fn feed(mut command: Command, input: &[u8], program: &str) -> Result<
 }
 
 /// Sets a knob of `/proc/sys/net` inside a namespace.
-fn set(netns: &NetNs, knob: &str, value: &str) -> Result<(), LoadError> {
+///
+/// # Errors
+/// When the kernel has no such knob.
+pub(crate) fn set(netns: &NetNs, knob: &str, value: &str) -> Result<(), LoadError> {
     let path = format!("/proc/sys/net/{knob}");
     netns.run(|| fs::write(&path, value)).doing(format!("set {path} in a namespace"))
 }

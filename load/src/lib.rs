@@ -1,4 +1,5 @@
-//! The load tester: puts services with endpoints on this host and measures every way to balance them side by side.
+//! The load tester: puts services with endpoints on this host and measures every way to balance them side by side, or
+//! pods on two nodes and measures every road between them.
 //! Invariant: everything lives in namespaces and cgroups of its own, which end with the processes that hold them;
 //! nothing of the host's own network is touched, and nothing stays behind.
 //!
@@ -12,6 +13,7 @@ mod error;
 mod html;
 mod iptables;
 mod measure;
+mod network;
 mod options;
 mod program;
 mod row;
@@ -25,5 +27,6 @@ mod worker;
 
 pub use error::LoadError;
 pub use measure::run;
+pub use network::{NetworkOptions, Road, run as run_network};
 pub use options::{Backends, IptablesKind, Options, Output, Way};
 pub use worker::main as worker;

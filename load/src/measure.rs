@@ -76,10 +76,10 @@ fn print(options: &Options, entries: &[Entry]) -> std::io::Result<()> {
 }
 
 /// Says on a terminal what is being done.
-struct Progress(ProgressBar);
+pub(crate) struct Progress(pub(crate) ProgressBar);
 
 impl Progress {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let bar = ProgressBar::new_spinner();
         let style = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));

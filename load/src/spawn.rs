@@ -79,6 +79,12 @@ impl NetNs {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
+    /// Its descriptor.
+    pub(crate) fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        use std::os::fd::AsFd as _;
+        self.0.as_fd()
+    }
+
     /// Runs `work` on a thread inside.
     ///
     /// # Errors
@@ -131,6 +137,41 @@ fn inside_cgroup(command: &mut Command, cgroup: &Path) -> Result<(), LoadError> 
     Ok(())
 }
 
+/// A program that is killed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Guarded(Child);
+
+impl Guarded {
+    /// Starts it; a namespace and the like are set on `command` before.
+    ///
+    /// # Errors
+    /// When it can't be started, or the run was interrupted.
+    pub(crate) fn start(mut command: Command, who: String) -> Result<Self, LoadError> {
+        // A signal from the terminal is for the run, which ends its processes in order.
+        command.process_group(0);
+        let child = command.spawn().doing(format!("start the {who}"))?;
+        running(|pids| pids.push(child.id()));
+        let guarded = Self(child);
+        check_interrupted()?;
+        Ok(guarded)
+    }
+
+    /// Whether it has ended by itself.
+    pub(crate) fn ended(&mut self) -> bool {
+        !matches!(self.0.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        // One that ended already can't be killed; it is waited for all the same.
+        drop(self.0.kill());
+        drop(self.0.wait());
+        let id = self.0.id();
+        running(|pids| pids.retain(|pid| *pid != id));
+    }
+}
+
 /// One of our own processes. It is killed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -169,6 +210,11 @@ impl Worker {
         check_interrupted()?;
         worker.tell(job)?;
         Ok(worker)
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     fn tell(&mut self, value: &impl Serialize) -> Result<(), LoadError> {

@@ -40,11 +40,11 @@ pub(crate) fn text(entries: &[Entry]) -> String {
 }
 
 /// Writing to a String can't fail.
-fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
+pub(crate) fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
     writeln!(out, "{text}").unwrap_or_default();
 }
 
-fn number(value: Option<f64>, digits: usize) -> String {
+pub(crate) fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
 }
 
@@ -145,7 +145,7 @@ fn latencies(out: &mut String, rows: &[&Row], from: &str, kind: &str) {
 }
 
 /// A bar in eighths of a character.
-fn bar(value: f64, full: f64) -> String {
+pub(crate) fn bar(value: f64, full: f64) -> String {
     const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
     if full <= 0.0 {
         return String::new();

@@ -22,6 +22,16 @@ pub(crate) enum Job {
         cpu: usize,
     },
     Program(Program),
+    /// Receive streams and answer requests.
+    Receive {
+        cpu: usize,
+    },
+    /// Send what [`crate::network::Turn`]s say.
+    Send {
+        cpu: usize,
+    },
+    /// Put one service in.
+    Frontend(crate::network::Frontend),
 }
 
 /// Put services into the kernel as [`Ask`]s say.

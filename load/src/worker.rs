@@ -1,7 +1,7 @@
 //! A process of a run: told what it is for by its first line of input.
 
 use crate::wire::{self, Job};
-use crate::{LoadError, client, program, serve};
+use crate::{LoadError, client, network, program, serve};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
@@ -22,6 +22,19 @@ pub fn main() -> Result<(), LoadError> {
         Job::Connect { cpu } => {
             pin(cpu);
             client::run(&mut input)
+        }
+        Job::Receive { cpu } => {
+            pin(cpu);
+            drop(input);
+            network::receive()
+        }
+        Job::Send { cpu } => {
+            pin(cpu);
+            network::send(&mut input)
+        }
+        Job::Frontend(frontend) => {
+            drop(input);
+            network::frontend(&frontend)
         }
         Job::Program(program) => {
             drop(input);

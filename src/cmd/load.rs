@@ -1,16 +1,19 @@
-//! `sheave load`: measures the ways to balance services that this host has.
+//! `sheave load`: measures the ways to balance services that this host has, and the roads between pods.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
-use sheave_load::{LoadError, Options};
+use sheave_load::{LoadError, NetworkOptions, Options};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum LoadCommand {
     /// Put services on this host and measure every data plane side by side; no cluster needed
     #[command(long_about = ABOUT)]
     Services(ServicesFlags),
+    /// Put pods on two nodes on this host and measure every road between them; no cluster needed
+    #[command(long_about = NETWORK_ABOUT)]
+    Network(NetworkFlags),
     /// A process of a run
     #[command(hide = true)]
     Worker,
@@ -27,6 +30,87 @@ at the same time; \"beside\" is the backend itself with the data plane loaded, a
 that uses no service.
 
 Needs root. Touches nothing of the host's own network, and everything it made is gone after it.";
+
+const NETWORK_ABOUT: &str = "\
+Put pods on two nodes on this host and measure every road between them; no cluster needed.
+
+Builds a pair of hosts as network namespaces for each road, runs the agent there where it is the agent's road, and \
+measures one TCP stream, requests of one byte on a kept connection, and the CPU time that both ends took: from host to \
+host, over a plain pair of links, between two pods of one node, between pods of two nodes by plain routes, by VXLAN, by \
+VXLAN laid by hand as flannel lays it, and by VXLAN through a service. Roads take turns, so that whatever else the \
+machine does meets all alike.
+
+Needs root. Touches nothing of the host's own network, and everything it made is gone after it.";
+
+#[derive(Debug, Args)]
+pub(crate) struct NetworkFlags {
+    /// What to measure; host to host always is
+    #[arg(long, value_name = "PATH", value_enum, value_delimiter = ',', default_values_t = [
+        Road::Host, Road::Veth, Road::Pod, Road::Direct, Road::Vxlan, Road::Flannel, Road::Service
+    ])]
+    paths: Vec<Road>,
+    /// Turns that each gets
+    #[arg(long, value_name = "N", default_value_t = NetworkOptions::default().rounds)]
+    rounds: u32,
+    /// Milliseconds of one stream a turn
+    #[arg(long, value_name = "MS", default_value_t = NetworkOptions::default().stream_ms)]
+    stream_ms: u32,
+    /// Requests a turn
+    #[arg(long, value_name = "N", default_value_t = NetworkOptions::default().requests)]
+    requests: u32,
+    /// MTU between the hosts, bytes
+    #[arg(long, value_name = "BYTES", default_value_t = NetworkOptions::default().mtu)]
+    mtu: u32,
+    /// How to print
+    #[arg(long, short, value_enum, default_value_t = Output::Table)]
+    output: Output,
+    /// Write an HTML page, too
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Road {
+    Host,
+    Veth,
+    Pod,
+    Direct,
+    Vxlan,
+    Flannel,
+    Service,
+}
+
+impl From<&NetworkFlags> for NetworkOptions {
+    fn from(flags: &NetworkFlags) -> Self {
+        let road = |road: &Road| match road {
+            Road::Host => sheave_load::Road::Host,
+            Road::Veth => sheave_load::Road::Veth,
+            Road::Pod => sheave_load::Road::Pod,
+            Road::Direct => sheave_load::Road::Direct,
+            Road::Vxlan => sheave_load::Road::Vxlan,
+            Road::Flannel => sheave_load::Road::Flannel,
+            Road::Service => sheave_load::Road::Service,
+        };
+        Self {
+            roads: flags.paths.iter().map(road).collect(),
+            rounds: flags.rounds,
+            stream_ms: flags.stream_ms,
+            requests: flags.requests,
+            mtu: flags.mtu,
+            output: flags.output.known(),
+            report: flags.report.clone(),
+        }
+    }
+}
+
+impl Output {
+    const fn known(self) -> sheave_load::Output {
+        match self {
+            Self::Table => sheave_load::Output::Table,
+            Self::Json => sheave_load::Output::Json,
+        }
+    }
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct ServicesFlags {
@@ -123,10 +207,7 @@ impl From<&ServicesFlags> for Options {
             }),
             iptables_max: flags.iptables_max,
             no_traffic: flags.no_traffic,
-            output: match flags.output {
-                Output::Table => sheave_load::Output::Table,
-                Output::Json => sheave_load::Output::Json,
-            },
+            output: flags.output.known(),
             report: flags.report.clone(),
         }
     }
@@ -148,14 +229,16 @@ impl Way {
 const INTERRUPTED: i32 = 130;
 
 pub(super) fn run(command: &LoadCommand) -> Result<()> {
-    match command {
-        LoadCommand::Worker => Ok(sheave_load::worker()?),
-        LoadCommand::Services(flags) => match sheave_load::run(&flags.into()) {
-            Err(error @ LoadError::Interrupted) => {
-                eprintln!("sheave: {error}");
-                std::process::exit(INTERRUPTED);
-            }
-            result => Ok(result?),
-        },
+    let done = match command {
+        LoadCommand::Worker => return Ok(sheave_load::worker()?),
+        LoadCommand::Services(flags) => sheave_load::run(&flags.into()),
+        LoadCommand::Network(flags) => sheave_load::run_network(&flags.into()),
+    };
+    match done {
+        Err(error @ LoadError::Interrupted) => {
+            eprintln!("sheave: {error}");
+            std::process::exit(INTERRUPTED);
+        }
+        result => Ok(result?),
     }
 }

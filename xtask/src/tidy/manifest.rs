@@ -7,7 +7,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sheave", &["sheave-agent", "sheave-control", "sheave-cni", "sheave-load"]),
     ("sheave-agent", &["sheave-ebpf-abi", "sheave-ebpf-object", "sheave-cni"]),
     ("sheave-control", &[]),
-    ("sheave-load", &["sheave-agent"]),
+    ("sheave-load", &["sheave-agent", "sheave-cni"]),
     ("sheave-cni", &[]),
     ("sheave-ebpf-abi", &[]),
     ("sheave-ebpf-core", &["sheave-ebpf-abi"]),

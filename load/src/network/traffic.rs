@@ -1,0 +1,150 @@
+//! The two ends of a road. Invariant: one thread each, so that what the kernel says of it is what the traffic cost; a
+//! stream counts once its receiver has read it to the end.
+
+use crate::LoadError;
+use crate::error::Doing as _;
+use crate::wire;
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+/// Where the receiver listens.
+pub(crate) const PORT: u16 = 5201;
+/// Longest wait for anything.
+const PATIENCE: Duration = Duration::from_secs(10);
+const CHUNK_BYTES: usize = 128 << 10;
+/// First byte of a connection that is a stream, or requests.
+const STREAM: u8 = b's';
+const REQUESTS: u8 = b'r';
+
+/// A turn of traffic.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Turn {
+    /// A stream for so long.
+    Stream { to: SocketAddr, ms: u64 },
+    /// Requests of one byte, one after the other, on one connection.
+    Requests { to: SocketAddr, count: u32, warm_up: u32 },
+}
+
+/// What came of it.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Done {
+    /// Of a stream.
+    pub(crate) bytes: u64,
+    /// How long the stream took, or each request.
+    pub(crate) ns: Vec<u64>,
+    /// Why there is nothing.
+    pub(crate) failure: Option<String>,
+}
+
+/// Receives until it is killed. Says `null` when it is ready.
+pub(crate) fn receive() -> Result<(), LoadError> {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).doing("listen")?;
+    wire::write(&mut std::io::stdout(), &()).doing("say that it listens")?;
+    let mut buffer = vec![0; CHUNK_BYTES];
+    loop {
+        let Ok((stream, _)) = listener.accept() else { continue };
+        // A sender that goes away in the middle says so itself.
+        take(stream, &mut buffer).unwrap_or_default();
+    }
+}
+
+fn take(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut kind = [0];
+    stream.read_exact(&mut kind)?;
+    if kind[0] == REQUESTS {
+        let mut byte = [0];
+        while stream.read(&mut byte)? == 1 {
+            stream.write_all(&byte)?;
+        }
+        return Ok(());
+    }
+    while stream.read(buffer)? > 0 {}
+    Ok(())
+}
+
+/// Does the turns that it is told.
+pub(crate) fn send(input: &mut impl BufRead) -> Result<(), LoadError> {
+    while let Some(turn) = wire::read(input, "sending")? {
+        let done = match turn {
+            Turn::Stream { to, ms } => stream(to, Duration::from_millis(ms)),
+            Turn::Requests { to, count, warm_up } => requests(to, count, warm_up),
+        };
+        let done = done.unwrap_or_else(|error| Done { failure: Some(error.to_string()), ..Done::default() });
+        wire::write(&mut std::io::stdout(), &done).doing("answer")?;
+    }
+    Ok(())
+}
+
+fn open(to: SocketAddr, kind: u8) -> std::io::Result<TcpStream> {
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.write_all(&[kind])?;
+    Ok(stream)
+}
+
+fn stream(to: SocketAddr, time: Duration) -> std::io::Result<Done> {
+    let mut stream = open(to, STREAM)?;
+    let chunk = vec![0x5a; CHUNK_BYTES];
+    let (start, mut bytes) = (Instant::now(), 0);
+    while start.elapsed() < time {
+        stream.write_all(&chunk)?;
+        bytes += chunk.len() as u64;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    // The receiver closes once it has read all.
+    stream.read(&mut [0])?;
+    Ok(Done { bytes, ns: vec![nanos(start)], failure: None })
+}
+
+fn requests(to: SocketAddr, count: u32, warm_up: u32) -> std::io::Result<Done> {
+    let mut stream = open(to, REQUESTS)?;
+    let mut ns = Vec::with_capacity(count as usize);
+    let mut byte = [7];
+    for at in 0..warm_up + count {
+        let start = Instant::now();
+        stream.write_all(&byte)?;
+        stream.read_exact(&mut byte)?;
+        if at >= warm_up {
+            ns.push(nanos(start));
+        }
+    }
+    Ok(Done { bytes: 0, ns, failure: None })
+}
+
+fn nanos(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// CPU time that a process with one thread has had, nanoseconds.
+pub(crate) fn cpu_ns(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap_or_default();
+    text.split_whitespace().next().and_then(|ns| ns.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_counts_what_its_receiver_has_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap();
+        let receiver = std::thread::spawn(move || {
+            for _ in 0..2 {
+                take(listener.accept().unwrap().0, &mut [0; 4096]).unwrap();
+            }
+        });
+        let streamed = stream(to, Duration::from_millis(5)).unwrap();
+        assert!(streamed.bytes > 0 && streamed.ns[0] >= 5_000_000);
+        assert_eq!(requests(to, 3, 2).unwrap().ns.len(), 3);
+        receiver.join().unwrap();
+        assert!(cpu_ns(std::process::id()) > 0);
+        assert_eq!(cpu_ns(0), 0);
+    }
+}
