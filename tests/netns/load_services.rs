@@ -32,7 +32,7 @@ const KEYS: [&str; 13] = [
 ];
 
 /// A run of the program, and what of it would stay.
-struct Load {
+pub(crate) struct Load {
     child: Child,
     mark: String,
     mounts: String,
@@ -40,9 +40,14 @@ struct Load {
 
 impl Load {
     fn start(args: &[&str]) -> Self {
+        Self::of("services", args)
+    }
+
+    /// A run of `sheave load KIND`.
+    pub(crate) fn of(kind: &str, args: &[&str]) -> Self {
         let mark = sheave_harness::unique("load");
         let mut command = Command::new(SHEAVE);
-        command.args(["load", "services"]).args(args).env(MARK, &mark);
+        command.args(["load", kind]).args(args).env(MARK, &mark);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         Self { child: command.spawn().expect("start sheave load"), mark, mounts: mounts() }
     }
@@ -52,7 +57,7 @@ impl Load {
     }
 
     /// Processes of this run besides the one that was started.
-    fn others(&self) -> Vec<u32> {
+    pub(crate) fn others(&self) -> Vec<u32> {
         let wanted = format!("{MARK}={}", self.mark);
         let pids = fs::read_dir("/proc").expect("read /proc").flatten();
         let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -64,7 +69,7 @@ impl Load {
             .collect()
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).expect("signal the run");
     }
 
@@ -79,7 +84,7 @@ impl Load {
     }
 
     /// Waits for its end. Namespaces without names, and all in them, are gone when no process is left.
-    fn finish(self) -> Output {
+    pub(crate) fn finish(self) -> Output {
         let (cgroup, mark, mounts_before, pid) =
             (self.cgroup(), self.mark.clone(), self.mounts.clone(), self.child.id());
         let output = self.child.wait_with_output().expect("wait for sheave load");
@@ -97,8 +102,9 @@ impl Load {
 /// What is mounted where the program mounts things of its own.
 fn mounts() -> String {
     let info = fs::read_to_string("/proc/self/mountinfo").expect("read mountinfo");
-    let at =
-        |line: &&str| line.split(' ').nth(4).is_some_and(|point| ["/run", "/sys/fs/bpf"].contains(&point));
+    let at = |line: &&str| {
+        line.split(' ').nth(4).is_some_and(|point| ["/run", "/mnt", "/sys/fs/bpf"].contains(&point))
+    };
     info.lines().filter(at).collect::<Vec<_>>().join("\n")
 }
 

@@ -19,6 +19,7 @@ mod ipvs_kernel;
 mod ipvs_services;
 mod kernel_basics;
 mod kubectl;
+mod load_network;
 mod load_services;
 mod network_pods;
 mod network_ports;
