@@ -305,5 +305,8 @@ pub fn remove_all() -> Vec<String> {
             failures.push(format!("removing link {name}: {error}"));
         }
     }
+    if let Err(error) = super::nat::Nat::uninstall() {
+        failures.push(super::in_full(&error));
+    }
     failures
 }
