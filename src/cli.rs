@@ -291,6 +291,10 @@ pub(crate) struct NetworkFlags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) vxlan_vni: Option<u32>,
+    /// Whether packets of pods' flows that nothing translates go past the host's stack [default: true]
+    #[arg(long, value_name = "true|false")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) fast_path: Option<bool>,
     /// UDP port of VXLAN, the same on all nodes [default: 4789]
     #[arg(long, value_name = "PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]

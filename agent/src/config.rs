@@ -77,6 +77,8 @@ pub struct AgentConfig {
     pub node_port_range: (u16, u16),
     /// How pods of other nodes are reached.
     pub overlay: OverlaySettings,
+    /// Whether packets of flows that nothing translates go past the host's stack.
+    pub fast_path: bool,
     /// How services are balanced.
     pub services: ServiceSettings,
     /// What this agent does. Empty means everything.
@@ -109,6 +111,7 @@ impl Default for AgentConfig {
             node_labels: BTreeMap::new(),
             node_port_range: (30000, 32767),
             overlay: OverlaySettings::default(),
+            fast_path: true,
             services: ServiceSettings::default(),
             components: Vec::new(),
             shim_exe: None,

@@ -171,13 +171,14 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
         tasks.spawn(async move { plane.await.map_err(|error| AgentError::Dataplane(Box::new(error))) });
         serve_proxy(&config, client, &stats, &last);
     }
+    let policies = PolicyStats::default();
     if network.is_some() {
         let client = api.as_ref().map(|(client, _)| client.kube());
-        let policies =
-            policy::driver::run(client, policy_config(&config), PolicyStats::default(), shutdown.clone());
-        spawn(&mut tasks, "network policies", policies, &shutdown);
+        let enforcing =
+            policy::driver::run(client, policy_config(&config), policies.clone(), shutdown.clone());
+        spawn(&mut tasks, "network policies", enforcing, &shutdown);
     }
-    let health = Arc::new(health(&metrics, registry, stats.clone()));
+    let health = Arc::new(health(&metrics, registry, stats.clone(), network.is_some().then_some(policies)));
     let serving = server::serve_health(health_listener, health, shutdown.clone());
     spawn(&mut tasks, "health listener", serving, &shutdown);
     tracing::info!(node = config.node_name, version = env!("CARGO_PKG_VERSION"), "agent started");
@@ -233,10 +234,11 @@ pub fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneC
 
 fn policy_config(config: &AgentConfig) -> PolicyConfig {
     PolicyConfig {
-        guard: GuardConfig { pin_dir: config.pin_dir.clone(), fast: true },
+        guard: GuardConfig { pin_dir: config.pin_dir.clone(), fast: config.fast_path },
         node_name: config.node_name.clone(),
         pod_links: pod_links(config),
         uplinks: config.uplinks.clone(),
+        tunnels: ["sheave-vx4", "sheave-vx6"].map(str::to_owned).into(),
     }
 }
 
@@ -576,13 +578,21 @@ fn spawn(
     });
 }
 
-fn health(metrics: &Metrics, pods: Option<pod::registry::Registry>, stats: StatsHandle) -> server::Health {
+fn health(
+    metrics: &Metrics,
+    pods: Option<pod::registry::Registry>,
+    stats: StatsHandle,
+    policies: Option<PolicyStats>,
+) -> server::Health {
     let mut registry = prometheus_client::registry::Registry::default();
     metrics.register(&mut registry);
     stats.proxy.register(&mut registry);
     let (metrics, services) = (metrics.clone(), stats.clone());
     let refresh = move |out: &mut String| {
         server::metrics::write_dataplane(out, &stats.snapshot());
+        if let Some(policies) = &policies {
+            server::metrics::write_policies(out, &policies.snapshot());
+        }
         if let Some(pods) = &pods {
             let (_, running) = pods.counts();
             metrics.containers.set(i64::try_from(running).unwrap_or(i64::MAX));

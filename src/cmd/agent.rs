@@ -57,6 +57,7 @@ pub(super) fn config(
 }
 
 fn set_network(config: &mut AgentConfig, flags: NetworkFlags) -> Result<()> {
+    set(&mut config.fast_path, flags.fast_path);
     let overlay = &mut config.overlay;
     if let Some(mode) = &flags.overlay {
         overlay.mode = mode.parse().map_err(|why| anyhow!("--overlay {why}"))?;

@@ -45,6 +45,7 @@ pub(super) fn run(flags: &StatusFlags) -> Result<()> {
             writeln!(out, "network: {error}")?;
         }
     }
+    failed |= !policies(&mut out, &paths)?;
     if failed {
         bail!("some of it could not be read");
     }
@@ -130,6 +131,35 @@ fn services(out: &mut impl Write, paths: &super::Paths) -> Result<bool> {
             Ok(false)
         }
     }
+}
+
+/// What pods' links enforce, and what goes past the stack; false when that can't be read.
+fn policies(out: &mut impl Write, paths: &super::Paths) -> Result<bool> {
+    let status = match sheave_agent::dataplane::ebpf::guard_status(&paths.pin_dir) {
+        Ok(Some(status)) => status,
+        Ok(None) => return Ok(true),
+        Err(error) => {
+            writeln!(out, "network policies: {:#}", anyhow::Error::new(error))?;
+            return Ok(false);
+        }
+    };
+    let drops: u64 = status.counters.iter().filter(|(c, _)| c.is_drop()).map(|(_, n)| n).sum();
+    writeln!(
+        out,
+        "network policies: {} of {} pod addresses are isolated, at {} devices; {drops} packets refused",
+        status.isolated, status.pods, status.devices
+    )?;
+    let fast: u64 = status.counters.iter().filter(|(c, _)| c.is_fast()).map(|(_, n)| n).sum();
+    match (status.fast, status.without_peer) {
+        (false, _) => writeln!(out, "fast path: off, everything goes through the stack (--fast-path)")?,
+        (true, 0) => writeln!(out, "fast path: on, {fast} packets went past the stack")?,
+        (true, slow) => writeln!(
+            out,
+            "fast path: on, {fast} packets went past the stack; {slow} pod addresses are at devices without \
+             a peer and stay in it"
+        )?,
+    }
+    Ok(true)
 }
 
 async fn cluster(kubeconfig: &std::path::Path) -> Result<Vec<[String; 6]>> {

@@ -128,6 +128,29 @@ impl Bed {
         sheave_agent::dataplane::ebpf::versioned(&self.pin_dir).join("net")
     }
 
+    /// Where the agent's pins are.
+    pub(crate) fn pin_dir(&self) -> &Path {
+        &self.pin_dir
+    }
+
+    /// What `sheave status` says here.
+    pub(crate) fn status(&self) -> String {
+        let mut command = self.node.command(env!("CARGO_BIN_EXE_sheave"));
+        command.arg("status").args(self.path_flags()).arg("--kubeconfig");
+        let output = command.arg(self.dir.path().join("state/admin.kubeconfig")).output();
+        let output = output.expect("start sheave status");
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    }
+
+    /// Waits until the kernel's tables know every pod's device.
+    pub(crate) fn wait_known(&self) {
+        wait_for("every pod to be known", || {
+            let status = sheave_agent::dataplane::ebpf::guard_status(&self.pin_dir);
+            let pods = status.ok().flatten().map_or(0, |status| status.pods);
+            if pods == self.pods.len() * 2 { Ok(()) } else { Err(format!("{pods}; {}", self.log_tail())) }
+        });
+    }
+
     /// The end of the agent's log.
     pub(crate) fn log_tail(&self) -> String {
         let text = std::fs::read_to_string(self.dir.path().join("agent.log")).unwrap_or_default();

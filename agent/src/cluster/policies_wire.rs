@@ -199,6 +199,7 @@ pub(super) fn pod(wire: &WirePeerPod, node_name: &str) -> Option<Pod> {
     Some(Pod {
         namespace: text(wire.metadata.namespace.as_ref()),
         name: text(wire.metadata.name.as_ref()),
+        uid: text(wire.metadata.uid.as_ref()),
         labels: labels(&wire.metadata),
         ips: ips.into(),
         ports: named.collect(),

@@ -42,8 +42,8 @@ use leases::{Lease, Leases, Netns, check_uid};
 use nat::Nat;
 use netlink::Connection;
 pub(crate) use netlink::{
-    AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, Monitor, attributes,
-    has_clsact_filter, routed_to,
+    AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, Monitor, RoutedLink, attributes,
+    end_tracking, has_clsact_filter, has_link,
 };
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;
@@ -558,6 +558,11 @@ fn our_links() -> Result<Vec<OurLink>, NetworkError> {
         .map_err(|source| NetworkError::Netlink { op: "list links".to_owned(), source })?;
     let ours = links.into_iter().filter(|link| is_node_link(&link.name));
     Ok(ours.map(|link| OurLink { name: link.name, alias: link.alias }).collect())
+}
+
+/// The addresses that are routed to pods' links, whose names begin with one of `prefixes`.
+pub(crate) fn routed_links(prefixes: &[String]) -> std::io::Result<Vec<RoutedLink>> {
+    netlink::routed_to(prefixes, |alias| plan::key_of(alias).filter(|key| !plan::is_cni(key)))
 }
 
 /// An error with its sources.

@@ -7,7 +7,8 @@ use crate::dataplane::DataplaneError;
 use crate::dataplane::driver::interface_addresses;
 use crate::dataplane::ebpf::{Guard, GuardConfig, devices_of};
 use crate::limits;
-use crate::network::{Monitor, routed_to};
+use crate::network::{Monitor, end_tracking, has_link, routed_links};
+use sheave_ebpf_abi::NetCounter;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, watch};
@@ -24,6 +25,8 @@ pub struct PolicyConfig {
     pub pod_links: Vec<String>,
     /// Devices that lead out of the node.
     pub uplinks: Vec<String>,
+    /// Devices that lead to other nodes' pods, where there are such.
+    pub tunnels: Vec<String>,
 }
 
 /// What is known of policies on this node, shared by clones.
@@ -40,7 +43,7 @@ pub struct PolicyFigures {
     /// Why policies are not enforced or not as they are now; empty when they are.
     pub problem: String,
     /// Reasons and how often they occurred.
-    pub counters: Vec<(&'static str, u64)>,
+    pub counters: Vec<(NetCounter, u64)>,
     /// Rounds that changed the kernel.
     pub changes: u64,
 }
@@ -190,25 +193,29 @@ fn trouble(stats: &PolicyStats, error: &DataplaneError, what: &str) {
 struct Worker {
     guard: Guard,
     planner: Planner,
+    /// Flows that had gone past the stack when its tracking was last told.
+    fast_flows: u64,
 }
 
 impl Worker {
     fn open(config: &PolicyConfig) -> Result<Self, DataplaneError> {
         let guard = Guard::open(&config.guard)?;
         let planner = Planner::new(guard.ids());
-        Ok(Self { guard, planner })
+        Ok(Self { guard, planner, fast_flows: 0 })
     }
 
     /// One round; true when the kernel was changed.
     fn round(&mut self, config: &PolicyConfig, kernel: bool, tick: bool) -> Result<bool, DataplaneError> {
         if kernel || tick {
-            let routes = routed_to(&config.pod_links)
+            let routes = routed_links(&config.pod_links)
                 .map_err(|source| DataplaneError::Host { op: "list routes to pods", source })?;
             let [host, _] = interface_addresses()?;
-            let names: BTreeSet<String> = routes.iter().map(|(_, name, _)| name.clone()).collect();
+            let names: BTreeSet<String> = routes.iter().map(|route| route.name.clone()).collect();
             let pods: Vec<String> = names.into_iter().filter(|name| !config.uplinks.contains(name)).collect();
+            let tunnels = config.tunnels.iter().filter(|name| has_link(name).unwrap_or(false));
+            let outs: Vec<String> = config.uplinks.iter().chain(tunnels).cloned().collect();
             // Programs before tables: a pod that is told of is one that is judged.
-            self.guard.attach(&pods, &config.uplinks, tick)?;
+            self.guard.attach(&pods, &outs, tick)?;
             let devices: BTreeMap<_, _> = devices_of(&routes);
             self.planner.handle(Event::Devices(devices));
             self.planner.handle(Event::Host(host));
@@ -220,15 +227,36 @@ impl Worker {
         self.guard.apply(&tables)
     }
 
-    fn tell(&self, stats: &PolicyStats, changed: bool, tick: bool) {
+    /// Ends what the kernel's connection tracking keeps of flows that it sees no more: they would stay for days.
+    fn untrack(&mut self, fast_flows: u64) {
+        if fast_flows == std::mem::replace(&mut self.fast_flows, fast_flows) {
+            return;
+        }
+        let ended = self
+            .guard
+            .fast_flows()
+            .map_err(|error| crate::cluster::chain(&error))
+            .and_then(|flows| end_tracking(&flows).map_err(|error| error.to_string()));
+        match ended {
+            Ok(ended) => tracing::debug!(ended, "entries of connection tracking for flows past the stack"),
+            // Kernels without it have nothing to end.
+            Err(error) => tracing::debug!(error, "connection tracking"),
+        }
+    }
+
+    fn tell(&mut self, stats: &PolicyStats, changed: bool, tick: bool) {
         let counters = if tick { self.guard.counters().ok() } else { None };
+        let fast = counters.iter().flatten().find(|(counter, _)| *counter == NetCounter::FastFlow);
+        if let Some((_, fast_flows)) = fast {
+            self.untrack(*fast_flows);
+        }
         stats.update(|figures| {
             figures.policies = self.planner.policies();
             figures.devices = self.guard.devices();
             figures.problem.clear();
             figures.changes += u64::from(changed);
             if let Some(counters) = counters {
-                figures.counters = counters.iter().map(|(counter, n)| (counter.name(), *n)).collect();
+                figures.counters = counters;
             }
         });
     }

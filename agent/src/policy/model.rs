@@ -46,6 +46,8 @@ pub struct Pod {
     pub namespace: Box<str>,
     /// Its name.
     pub name: Box<str>,
+    /// Its uid.
+    pub uid: Box<str>,
     /// Its labels.
     pub labels: Labels,
     /// Its addresses as the API knows them.
@@ -143,12 +145,14 @@ impl Policy {
 }
 
 /// A device that leads to a pod of this node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Device {
     /// Its index.
     pub index: u32,
     /// Whether it has a peer that packets can be handed to.
     pub peer: bool,
+    /// Uid of the pod, where the device says it: its policies hold before the API knows its addresses.
+    pub pod: Option<Box<str>>,
 }
 
 /// What changed.

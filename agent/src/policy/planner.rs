@@ -438,6 +438,16 @@ impl Planner {
                 }
             }
         }
+        let named = self.devices.iter().filter_map(|(ip, device)| Some((ip, device.pod.as_ref()?)));
+        let mut named = named.filter(|(ip, _)| !owners.contains_key(*ip)).peekable();
+        if named.peek().is_some() {
+            let local = self.pods.iter().filter(|(_, held)| held.pod.local);
+            let by_uid: HashMap<&str, (&Key, &Held)> =
+                local.map(|(key, held)| (&*held.pod.uid, (key, held))).collect();
+            let found = named.filter_map(|(ip, uid)| Some((*ip, by_uid.get(&**uid)?)));
+            let found: Vec<_> = found.map(|(ip, (key, held))| (ip, (true, held.seen, *key, *held))).collect();
+            owners.extend(found);
+        }
         for (ip, (_, _, key, held)) in owners {
             let mut peers = held.peers.clone();
             peers.extend(self.ranges.peers_of(ip));

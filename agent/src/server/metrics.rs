@@ -115,6 +115,26 @@ impl Metrics {
     }
 }
 
+/// Writes the figures of network policies and the fast path as text.
+pub fn write_policies(out: &mut String, figures: &crate::policy::driver::PolicyFigures) {
+    let number = |n: usize| u32::try_from(n).map_or(f64::MAX, f64::from);
+    let mut gauge = |name: &str, help: &str, value: f64| {
+        family(out, name, "gauge", help);
+        line(out, name, "", value);
+    };
+    gauge("sheave_network_policies", "Network policies known from the API", number(figures.policies));
+    gauge("sheave_network_devices", "Devices that network policies are enforced at", number(figures.devices));
+    let enforced = f64::from(u8::from(figures.problem.is_empty()));
+    gauge("sheave_network_policies_enforced", "1 while the kernel has what the policies want", enforced);
+    family(out, "sheave_network_changes", "counter", "Changes of policies written to the kernel");
+    line(out, "sheave_network_changes_total", "", figures.changes);
+    family(out, "sheave_network_reasons", "counter", "What became of pods' packets and flows, by reason");
+    for (counter, count) in &figures.counters {
+        let (name, drop) = (counter.name(), counter.is_drop());
+        line(out, "sheave_network_reasons_total", &format!("{{reason=\"{name}\",drop=\"{drop}\"}}"), *count);
+    }
+}
+
 /// Writes the data plane's figures as text, before those of the registry.
 pub fn write_dataplane(out: &mut String, stats: &DataplaneStats) {
     let mut gauge = |name: &str, help: &str, value: f64| {

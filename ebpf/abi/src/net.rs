@@ -199,6 +199,13 @@ macro_rules! net_counters {
     };
 }
 
+impl NetCounter {
+    /// Whether it counts packets that went past the stack.
+    pub const fn is_fast(self) -> bool {
+        matches!(self, Self::FastPod | Self::FastOut | Self::FastIn)
+    }
+}
+
 net_counters! {
     /// A flow was opened.
     Opened = 0, "policy_flow_opened", false;

@@ -18,6 +18,7 @@ mod packet;
 mod packet_flood;
 mod packet_frame;
 mod pod_start;
+mod policy;
 mod program;
 mod progress;
 mod report;
@@ -96,6 +97,7 @@ enum Bench {
     Load,
     Packet,
     PodStart,
+    Policy,
     Program,
 }
 
@@ -109,6 +111,7 @@ fn main() -> Result<()> {
             Bench::Load => load::run(json),
             Bench::Packet => packet::run(json),
             Bench::PodStart => pod_start::run(json),
+            Bench::Policy => policy::run(json),
             Bench::Program => program::run(json),
         },
         Command::Soak { name, rounds, mode, seconds, seed } => match name {

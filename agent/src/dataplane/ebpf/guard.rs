@@ -6,17 +6,18 @@ use super::link::{self, DeviceHook, LINKS, Order};
 use super::map::{self, Map, NET_SHAPES};
 use super::{encode, load, probe, sys, uplink, versioned};
 use crate::dataplane::DataplaneError;
+use crate::network::RoutedLink;
 use crate::policy::{Change, Device, Endpoint, Ids, PortPrefix, Tables};
 use aya::{Ebpf, EbpfLoader};
 use ipnetwork::IpNetwork;
 use sheave_ebpf_abi::{
     self as abi, NET_COUNTERS, NetConfig, NetCounter, NetKey, Plain as _, PortKey, VerdictKey, endpoint_flag,
-    net_config_flag, net_map, ports,
+    net_config_flag, net_flow_flag, net_map, ports,
 };
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 /// Directory of the network object's pins below the versioned pin directory.
@@ -218,6 +219,16 @@ impl Guard {
         Ok(NET_COUNTERS.iter().copied().zip(sums).collect())
     }
 
+    /// Flows that went past the stack: protocol, and both ends.
+    pub(crate) fn fast_flows(&self) -> Result<HashSet<(u8, SocketAddr, SocketAddr)>, DataplaneError> {
+        let flows =
+            Map::<abi::FlowKey, abi::NetFlow>::open(&self.dir, net_map::FLOWS)?.entries(usize::MAX)?;
+        let fast = flows.into_iter().filter(|(_, flow)| flow.flags & net_flow_flag::FAST != 0);
+        let end =
+            |ip: &abi::Address, port: u16| SocketAddr::new(encode::from_address(ip), u16::from_be(port));
+        Ok(fast.map(|(key, _)| (key.proto, end(&key.src, key.sport), end(&key.dst, key.dport))).collect())
+    }
+
     /// Devices that have our programs.
     pub fn devices(&self) -> usize {
         self.attached.len()
@@ -230,16 +241,58 @@ impl std::fmt::Debug for Guard {
     }
 }
 
+/// What a node's pins say of policies and the fast path.
+#[derive(Clone, Debug, Default)]
+pub struct GuardStatus {
+    /// Devices that have the programs.
+    pub devices: usize,
+    /// Addresses of this node's pods that the tables know.
+    pub pods: usize,
+    /// Those of them that some policy isolates.
+    pub isolated: usize,
+    /// Whether flows may go past the stack.
+    pub fast: bool,
+    /// Pods whose device has no peer, so that their flows can't.
+    pub without_peer: usize,
+    /// Reasons and how often they occurred.
+    pub counters: Vec<(NetCounter, u64)>,
+}
+
+/// Reads the pins below `pin_dir`; `None` where no agent does the network.
+pub fn guard_status(pin_dir: &Path) -> Result<Option<GuardStatus>, DataplaneError> {
+    let dir = versioned(pin_dir).join(DIR);
+    if !dir.join(net_map::CONFIG).exists() {
+        return Ok(None);
+    }
+    let maps = Maps::open(&dir)?;
+    let tables = maps.read()?;
+    let pods = || tables.endpoints.values().filter(|end| end.device != 0);
+    let links = fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten();
+    let names = links.filter_map(|link| Some(link.file_name().to_str()?.split('_').nth(1)?.to_owned()));
+    let flags = maps.config.get(&0)?.map_or(0, |config| config.flags);
+    let sums = map::sums(&dir, net_map::COUNTERS, NET_COUNTERS.len())?;
+    Ok(Some(GuardStatus {
+        devices: names.collect::<BTreeSet<String>>().len(),
+        pods: pods().count(),
+        isolated: pods().filter(|end| end.ingress != 0 || end.egress != 0).count(),
+        fast: flags & net_config_flag::FAST != 0,
+        without_peer: pods().filter(|end| !end.peer).count(),
+        counters: NET_COUNTERS.iter().copied().zip(sums).collect(),
+    }))
+}
+
 /// What the kernel says of devices that addresses are routed to.
-pub(crate) fn devices_of(routes: &[(IpAddr, String, u32)]) -> std::collections::BTreeMap<IpAddr, Device> {
+pub(crate) fn devices_of(routes: &[RoutedLink]) -> BTreeMap<IpAddr, Device> {
     let mut drivers: HashMap<u32, bool> = HashMap::new();
-    let mut device = |name: &str, index: u32| {
+    let mut device = |route: &RoutedLink| {
+        let RoutedLink { name, index, pod, .. } = route;
+        let index = *index;
         let peer = *drivers.entry(index).or_insert_with(|| {
             sys::driver(name).is_ok_and(|driver| matches!(driver.as_str(), "veth" | "netkit"))
         });
-        Device { index, peer }
+        Device { index, peer, pod: pod.clone() }
     };
-    routes.iter().map(|(ip, name, index)| (*ip, device(name, *index))).collect()
+    routes.iter().map(|route| (route.ip, device(route))).collect()
 }
 
 fn all_pinned(dir: &Path) -> Result<bool, DataplaneError> {

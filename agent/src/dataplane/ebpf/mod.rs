@@ -20,7 +20,7 @@ mod xdp;
 
 pub use events::{Listener, Seen};
 pub(crate) use guard::devices_of;
-pub use guard::{Guard, GuardConfig};
+pub use guard::{Guard, GuardConfig, GuardStatus, guard_status};
 pub use list::{Lookup, RowBackend, ServiceRow, list};
 pub use map::{Counters, Pressure};
 pub use probe::cgroup2_root;

@@ -1,6 +1,7 @@
 //! The kernel's connection tracking: flows are read and ended. Invariant: a flow is ended by its whole original tuple
 //! and its id, so that one which began meanwhile is left alone.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
@@ -28,6 +29,8 @@ const TRANSLATED: u32 = 1 << 5;
 /// One tracked flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Flow {
+    /// Who sent its first packet.
+    pub(crate) from: SocketAddr,
     /// Where its first packet was sent.
     pub(crate) to: SocketAddr,
     /// Who answers.
@@ -80,10 +83,28 @@ impl Netfilter {
     }
 }
 
+/// Ends the tracking of untranslated TCP and UDP flows between these ends (protocol, and two ends in any order), in the
+/// calling thread's network namespace. Gives how many entries went.
+pub(crate) fn end_tracking(flows: &HashSet<(u8, SocketAddr, SocketAddr)>) -> io::Result<usize> {
+    let mut netfilter = Netfilter::open()?;
+    let mut ended = 0;
+    for (v6, protocol) in [(false, 6), (false, 17), (true, 6), (true, 17)] {
+        let ours = |(held, a, _): &&(u8, SocketAddr, SocketAddr)| *held == protocol && a.is_ipv6() == v6;
+        if flows.iter().any(|flow| ours(&flow)) {
+            ended += netfilter.end_flows(v6, protocol, |flow| {
+                let held = |a, b| flows.contains(&(protocol, a, b));
+                !flow.translated && (held(flow.from, flow.to) || held(flow.to, flow.from))
+            })?;
+        }
+    }
+    Ok(ended)
+}
+
 fn flow(bytes: &[u8]) -> Option<Flow> {
     let (original, reply) = (attribute(bytes, ORIGINAL)?, attribute(bytes, REPLY)?);
     let status = attribute(bytes, STATUS).and_then(number)?;
     Some(Flow {
+        from: end(original, [1, 3], 2)?,
         to: end(original, [2, 4], 3)?,
         by: end(reply, [1, 3], 2)?,
         translated: status & TRANSLATED != 0,

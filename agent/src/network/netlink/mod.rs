@@ -20,11 +20,13 @@ pub(crate) mod offload;
 pub(crate) mod tunnel;
 
 pub(crate) use address_device::AddressDevice;
+pub(crate) use conntrack::end_tracking;
 pub(super) use convert::MAIN_TABLE;
 pub(crate) use diag::{ConnectedUdp, Diag, InetFamily};
 pub(crate) use filter::has_clsact_filter;
 pub(crate) use generic::{Attributes, Generic, attributes};
-pub(crate) use monitor::{Monitor, routed_to};
+pub(super) use monitor::routed_to;
+pub(crate) use monitor::{Monitor, RoutedLink};
 
 use std::io;
 use std::net::IpAddr;

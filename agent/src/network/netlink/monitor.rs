@@ -43,17 +43,34 @@ impl Monitor {
     }
 }
 
-/// The addresses that are routed to links whose name begins with one of `prefixes`, with the link's name and index.
-pub(crate) fn routed_to(prefixes: &[String]) -> io::Result<Vec<(IpAddr, String, u32)>> {
+/// A link that an address is routed to.
+#[derive(Debug, Clone)]
+pub(crate) struct RoutedLink {
+    /// The address.
+    pub(crate) ip: IpAddr,
+    /// The link's name.
+    pub(crate) name: String,
+    /// Its index.
+    pub(crate) index: u32,
+    /// Uid of the pod that its alias tells of.
+    pub(crate) pod: Option<Box<str>>,
+}
+
+/// The addresses that are routed, alone, to links whose name begins with one of `prefixes`. `pod` reads aliases.
+pub(crate) fn routed_to(
+    prefixes: &[String],
+    pod: impl Fn(&str) -> Option<String>,
+) -> io::Result<Vec<RoutedLink>> {
     let mut connection = Connection::open()?;
     let ours = |link: &Link| prefixes.iter().any(|prefix| link.name.starts_with(prefix.as_str()));
-    let links: BTreeMap<u32, String> =
-        connection.links()?.into_iter().filter(ours).map(|link| (link.index, link.name)).collect();
+    let links: BTreeMap<u32, Link> =
+        connection.links()?.into_iter().filter(ours).map(|link| (link.index, link)).collect();
     let alone = |to: &IpNetwork| to.prefix() == if to.is_ipv4() { 32 } else { 128 };
     let routes = connection.routes()?.into_iter().filter(|route| route.via.is_none() && alone(&route.to));
     let found = routes.filter_map(|route| {
-        let index = route.link?;
-        Some((route.to.ip(), links.get(&index)?.clone(), index))
+        let link = links.get(&route.link?)?;
+        let pod = link.alias.as_deref().and_then(&pod).map(Into::into);
+        Some(RoutedLink { ip: route.to.ip(), name: link.name.clone(), index: link.index, pod })
     });
     Ok(found.collect())
 }

@@ -480,7 +480,9 @@ fn fast<W: World>(
         && flow.flags & bit::SLOW == 0
         && flow.flags & wanted == wanted
         && now_s.wrapping_sub(flow.opened_s) >= FAST_AFTER_S;
-    let plain = work.seen.tcp_flags & (FIN | SYN | RST) == 0 && !work.seen.fragment && work.seen.hops > 1;
+    // What ends a flow goes the way that the flow went: the stack's own tracking would take it for a stranger's.
+    let unwanted = if flow.flags & bit::FAST == 0 { FIN | SYN | RST } else { SYN };
+    let plain = work.seen.tcp_flags & unwanted == 0 && !work.seen.fragment && work.seen.hops > 1;
     if !ready || !plain {
         return Verdict::Pass;
     }

@@ -322,7 +322,7 @@ fn flows_that_are_direct_go_past_the_stack() {
     k.now_s.set(1001);
     assert_eq!(k.see(&there, Place::FromPod, DA), Verdict::Peer(DB));
     assert_eq!(k.see(&back, Place::FromPod, DB), Verdict::Peer(DA));
-    assert_eq!(k.see(&tcp((A, 4000), (B, 80), ACK | FIN), Place::FromPod, DA), Verdict::Pass);
+    assert_eq!(k.see(&tcp((A, 4000), (B, 80), ACK | FIN), Place::FromPod, DA), Verdict::Peer(DB));
     k.change(7, None);
     assert_eq!(k.see(&there, Place::FromPod, DA), Verdict::Drop);
     k.config.set((9, 0));
