@@ -2,6 +2,7 @@
 //! `runtime_` or `kernel_` also runs on the kernels of ring vm; what is named `ipvs_` runs only there.
 
 mod bad_input;
+mod callers;
 mod cni_attach;
 mod cni_bed;
 mod cni_care;

@@ -82,6 +82,11 @@ const PACKAGES: &[Packages] = &[
         why: "the reference network plugins, which ours is compared and chained with",
         names: &["containernetworking-plugins"],
     },
+    Packages {
+        groups: &[Group::Test],
+        why: "runtimes of others, whose containers our network connects",
+        names: &["containerd", "podman"],
+    },
 ];
 
 /// To build bpf-linker; asked for only while it is missing.
