@@ -215,8 +215,8 @@ pub const MAP_PRESSURE_WARN_PERCENT: u64 = 90;
 /// Distinct times of changes that are remembered within one round, for the programming latency.
 pub const TRIGGERS_A_ROUND_MAX: usize = 4096;
 
-/// Calls of the plugin that are served at once; more wait in the socket's queue.
-pub const CNI_CALLS_IN_FLIGHT_MAX: usize = 64;
+/// Calls of the plugin that are served at once; more wait in the socket's queue. The kernel does one at a time.
+pub const CNI_CALLS_IN_FLIGHT_MAX: usize = 16;
 /// How long the plugin may take to say what it wants, and to take the answer.
 pub const CNI_RECEIVE_TIMEOUT_MS: u64 = 5_000;
 /// Pause after a connection could not be accepted.

@@ -239,8 +239,8 @@ pub(crate) fn del_twice(bed: &Bed) {
     for _ in 0..3 {
         bed.del(&ctr, &config);
     }
-    assert!(!links_of(ctr.netns()).contains("eth0"));
     bed.assert_gone(&result);
+    assert!(!links_of(ctr.netns()).contains("eth0"));
 }
 
 pub(crate) fn del_without_namespace(bed: &Bed) {

@@ -16,7 +16,7 @@ use super::netlink::{Connection, Mac};
 use super::plan::{Act, Observed, Side, Step, is_cni, macs, node_link_name, own_table, steps};
 use super::ports::{Held, PortMapping, PortsOf, Protocol};
 use super::reconcile::{Decision, decide_cni};
-use super::{Facts, Inner, Report, bandwidth, in_full, look_failed, open_sides, our_links, want};
+use super::{Facts, Inner, Report, bandwidth, in_full, look_failed, open_sides, want};
 
 /// A container's interface to be connected.
 #[derive(Debug)]
@@ -58,7 +58,11 @@ impl Inner {
         let gone = |source| NetworkError::Netns { uid: uid.clone(), path: path.clone(), source };
         let netns = Netns::of(&file, &path).map_err(gone)?;
         let mut sides = open_sides(&uid, file, &path)?;
-        let (pod, cookie) = sides.look_inside(&asked.ifname, &[]).map_err(look_failed(&uid))?;
+        let (mut pod, cookie) = sides.look_inside(&asked.ifname, &[]).map_err(look_failed(&uid))?;
+        // What is in the way may be about to go.
+        if (pod.link.is_some() || pod.other_way_out) && self.doom.flush() {
+            pod = sides.look_inside(&asked.ifname, &[]).map_err(look_failed(&uid))?.0;
+        }
         if self.state().facts.sources.len() < self.config.node_ips.len() {
             // An address of the node was not usable yet when it was last looked at.
             self.prepare()?;
@@ -213,10 +217,16 @@ impl Inner {
         };
         let leases: BTreeMap<String, bool> =
             leases.iter().map(|lease| (lease.uid.clone(), there(lease))).collect();
-        let links = our_links()?;
+        let links = self.our_links()?;
         if !leases.is_empty() || !links.is_empty() {
-            let busy = self.state().busy.clone();
-            self.carry_out_all(&decide_cni(&links, &leases, &busy), &mut report)?;
+            let (busy, ended) = {
+                let state = self.state();
+                (state.busy.clone(), state.leases.ended())
+            };
+            self.carry_out_all(&decide_cni(&links, &leases, &ended, &busy), &mut report)?;
+        }
+        if report.failed.is_empty() {
+            self.state().leases.forget_ended();
         }
         // Last: what was adopted has its ports from the table.
         report.repaired.extend(self.restore_ports()?);

@@ -1,15 +1,18 @@
-//! Removing links. Invariant: a link whose removal is reported is out of sight, with its peer, its addresses and its
-//! routes; how many are removed at once is nobody's business but this room's.
+//! Removing links. Invariant: a link that is doomed goes, with its peer, its addresses and its routes, and nobody takes
+//! it for one that lives; how many go at once is nobody's business but this room's.
 //!
-//! The kernel takes a link out of sight in well under a millisecond and then waits for grace periods, which takes
-//! tens; a link that is removed by itself costs the same wait as a hundred that are removed together. So one thread
-//! removes, all that have come up while it waited at once, and those that ask go on when the link is out of sight.
+//! Removing a link holds the kernel's lock for some milliseconds and then waits for grace periods, which takes tens;
+//! a link that is removed by itself costs the same as a hundred that are removed together. So one thread removes, all
+//! that have come up while it waited at once, and who asks may go on at once.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::net::if_::if_nametoindex;
 
 use super::error::NetworkError;
 use super::netlink::Connection;
@@ -28,16 +31,70 @@ struct Doomed {
     complain: SyncSender<io::Error>,
 }
 
+/// Links that are doomed and not gone yet.
+#[derive(Debug, Default)]
+struct Pending {
+    links: Mutex<BTreeSet<u32>>,
+    /// Signalled when some are gone.
+    gone: Condvar,
+}
+
+impl Pending {
+    /// A poisoned lock is taken over: each change of the set is a single call.
+    fn links(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Removes links of the network namespace that it was opened in.
 #[derive(Debug)]
 pub(super) struct Doom {
     /// Absent until the first link is removed, so that a network nobody uses costs no thread.
     sender: Mutex<Option<Sender<Doomed>>>,
+    pending: Arc<Pending>,
 }
 
 impl Doom {
     pub(super) fn new() -> Self {
-        Doom { sender: Mutex::new(None) }
+        Doom { sender: Mutex::new(None), pending: Arc::default() }
+    }
+
+    /// Has a link removed without waiting for it; false where there is none. The name is free for another link when
+    /// this one is gone. Looks by a way that needs no lock which removing holds.
+    pub(super) fn enqueue(&self, name: &str) -> Result<bool, NetworkError> {
+        let fail = |source| NetworkError::Netlink { op: format!("remove link {name}"), source };
+        let index = match if_nametoindex(name) {
+            Ok(index) => index,
+            Err(nix::Error::ENODEV) => return Ok(false),
+            Err(errno) => return Err(fail(errno.into())),
+        };
+        if self.pending.links().insert(index) {
+            // Nobody listens: what fails is logged.
+            let (complain, _) = sync_channel(1);
+            self.send(Doomed { index, complain }).map_err(fail)?;
+        }
+        Ok(true)
+    }
+
+    /// Indexes of links that are about to go.
+    pub(super) fn pending(&self) -> BTreeSet<u32> {
+        self.pending.links().clone()
+    }
+
+    /// Waits until the links that are doomed now are gone; false where there were none.
+    pub(super) fn flush(&self) -> bool {
+        let before = self.pending.links().clone();
+        let deadline = Instant::now() + Duration::from_millis(limits::LINK_REMOVE_TIMEOUT_MS);
+        let mut now = self.pending.links();
+        while !now.is_disjoint(&before) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            now =
+                self.pending.gone.wait_timeout(now, left).map_or_else(|e| e.into_inner().0, |woken| woken.0);
+        }
+        !before.is_empty()
     }
 
     /// Removes a link; false where there was none. Call it in the namespace that the link is in.
@@ -74,7 +131,8 @@ impl Doom {
             }
         }
         let (new, work) = channel();
-        thread::Builder::new().name("links-removed".to_owned()).spawn(move || remove_all(&work))?;
+        let pending = Arc::clone(&self.pending);
+        thread::Builder::new().name("links-removed".to_owned()).spawn(move || remove_all(&work, &pending))?;
         new.send(doomed).map_err(|_| io::Error::other("the thread that removes links stopped"))?;
         *sender = Some(new);
         Ok(())
@@ -82,7 +140,7 @@ impl Doom {
 }
 
 /// What the thread does, as long as anybody may send.
-fn remove_all(work: &Receiver<Doomed>) {
+fn remove_all(work: &Receiver<Doomed>, pending: &Pending) {
     while let Ok(first) = work.recv() {
         let mut batch = vec![first];
         batch.extend(work.try_iter().take(limits::LINKS_REMOVED_AT_ONCE_MAX - 1));
@@ -90,12 +148,19 @@ fn remove_all(work: &Receiver<Doomed>) {
             // All together did not go; which one is in the way shows one by one.
             for doomed in &batch {
                 if remove(std::slice::from_ref(doomed)).is_err() {
+                    tracing::warn!(index = doomed.index, %error, "a link stays for now");
                     let error = io::Error::new(error.kind(), error.to_string());
                     // One that has seen its link go does not listen any more.
                     doomed.complain.try_send(error).unwrap_or_default();
                 }
             }
         }
+        let mut links = pending.links();
+        batch.iter().for_each(|doomed| {
+            links.remove(&doomed.index);
+        });
+        drop(links);
+        pending.gone.notify_all();
     }
 }
 

@@ -75,6 +75,8 @@ pub(super) struct Leases {
     freed: HashMap<IpAddr, (Instant, String)>,
     /// The address given last, a range.
     last: HashMap<IpNetwork, IpAddr>,
+    /// Whose leases an agent before this one ended a short while before it ended itself: their links may be left.
+    ended: BTreeSet<String>,
 }
 
 fn fail(op: &'static str, path: &Path) -> impl Fn(io::Error) -> NetworkError {
@@ -98,6 +100,7 @@ impl Leases {
             by_ip: HashMap::new(),
             freed: HashMap::new(),
             last: HashMap::new(),
+            ended: BTreeSet::new(),
         };
         let mut dropped = Vec::new();
         for path in files(&dir.join("leases"))? {
@@ -141,6 +144,9 @@ impl Leases {
             let age = meta.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
             let left = quarantine.saturating_sub(age.unwrap_or_default());
             let lease = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Lease>(&bytes).ok());
+            if let Some(lease) = &lease {
+                self.ended.insert(lease.uid.clone());
+            }
             match lease {
                 Some(lease) if !left.is_zero() => {
                     let until = Instant::now() + left;
@@ -310,6 +316,17 @@ impl Leases {
             }
         }
         if demand.sets.is_empty() { Err(NetworkError::NoRange) } else { Ok(()) }
+    }
+
+    /// Whose links, if there are any, are left of an attachment that was taken away.
+    pub(super) fn ended(&self) -> BTreeSet<String> {
+        let lately = self.freed.values().map(|(_, uid)| uid.clone());
+        self.ended.iter().cloned().chain(lately).filter(|uid| !self.by_uid.contains_key(uid)).collect()
+    }
+
+    /// The links of those that an agent before this one took away were looked for.
+    pub(super) fn forget_ended(&mut self) {
+        self.ended.clear();
     }
 
     /// Ends a lease whose addresses were in no use: they may be given again at once.

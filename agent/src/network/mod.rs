@@ -262,6 +262,13 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Our links, without those that are about to go.
+    fn our_links(&self) -> Result<Vec<OurLink>, NetworkError> {
+        // Before looking: what goes meanwhile is still among them.
+        let doomed = self.doom.pending();
+        our_links(|index| doomed.contains(&index))
+    }
+
     /// Looks at the node again and sets what routing needs; returns what was not so.
     fn prepare(&self) -> Result<Vec<String>, NetworkError> {
         let tables = Tables::read()?;
@@ -340,7 +347,13 @@ impl Inner {
         self.clear_rules(uid);
         // Whatever happens now: what is left is a leftover.
         self.state().connected.remove(uid);
-        self.doom.remove(&node_link_name(uid))?;
+        if is_cni(uid) {
+            // Nobody gets its addresses before it is long gone; and one that is left, should the agent end now, is
+            // known by them.
+            self.doom.enqueue(&node_link_name(uid))?;
+        } else {
+            self.doom.remove(&node_link_name(uid))?;
+        }
         let masqueraded = {
             let mut state = self.state();
             let ranges = state.leases.masquerade();
@@ -356,7 +369,7 @@ impl Inner {
         if self.nat.repair()? {
             report.repaired.push("node: the nftables table sheave-net".to_owned());
         }
-        let links = our_links()?;
+        let links = self.our_links()?;
         let (leases, kept) = {
             let state = self.state();
             let leases = state.leases.all().into_iter().map(|lease| lease.uid).collect();
@@ -552,11 +565,12 @@ impl Drop for Working<'_> {
     }
 }
 
-fn our_links() -> Result<Vec<OurLink>, NetworkError> {
+/// Our links on the node, but for those whose index is `left_out`.
+fn our_links(left_out: impl Fn(u32) -> bool) -> Result<Vec<OurLink>, NetworkError> {
     let links = Connection::open()
         .and_then(|mut connection| connection.links())
         .map_err(|source| NetworkError::Netlink { op: "list links".to_owned(), source })?;
-    let ours = links.into_iter().filter(|link| is_node_link(&link.name));
+    let ours = links.into_iter().filter(|link| is_node_link(&link.name) && !left_out(link.index));
     Ok(ours.map(|link| OurLink { name: link.name, alias: link.alias }).collect())
 }
 

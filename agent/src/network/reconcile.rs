@@ -81,10 +81,12 @@ pub(super) fn decide(
 
 /// Compares what is there with what runtimes connected, given for each of its leases: whether its namespace is there.
 /// A link whose other end's namespace ended is gone with it, so a link shows that its container lives; what has
-/// neither a link nor a namespace is released. Pods' are not looked at, and what is `busy` neither.
+/// neither a link nor a namespace is released. A link without a lease is of one that was lost, unless its attachment is
+/// among those that `ended`. Pods' are not looked at, and what is `busy` neither.
 pub(super) fn decide_cni(
     links: &[OurLink],
     leases: &BTreeMap<String, bool>,
+    ended: &BTreeSet<String>,
     busy: &BTreeSet<String>,
 ) -> Vec<Decision> {
     let owners = Owners::among(leases.keys().chain(busy));
@@ -100,7 +102,10 @@ pub(super) fn decide_cni(
         }
     }
     for (key, link) in linked.iter().filter(|(key, _)| !leases.contains_key(*key) && !busy.contains(*key)) {
-        decisions.push(Decision::Adopt { uid: key.clone(), link: link.name.clone() });
+        decisions.push(match ended.contains(key) {
+            true => Decision::RemoveLink { name: link.name.clone(), owner: Some(key.clone()) },
+            false => Decision::Adopt { uid: key.clone(), link: link.name.clone() },
+        });
     }
     decisions
 }
@@ -157,7 +162,7 @@ mod tests {
         let key = |key: &str| key.to_owned();
         let adopt = Decision::Adopt { uid: key("n/lost/e"), link: node_link_name("n/lost/e") };
         assert_eq!(
-            decide_cni(&links, &leases, &set(&[])),
+            decide_cni(&links, &leases, &set(&[]), &set(&[])),
             [
                 Decision::Check { uid: key("n/bare/e") },
                 Decision::Release { uid: key("n/dead/e") },
@@ -165,8 +170,12 @@ mod tests {
                 adopt,
             ]
         );
+        let remove =
+            Decision::RemoveLink { name: node_link_name("n/lost/e"), owner: Some("n/lost/e".to_owned()) };
+        let ended = set(&["n/lost/e", "n/whole/e"]);
+        assert_eq!(decide_cni(&links, &leases, &ended, &set(&[])).last(), Some(&remove));
         let busy = set(&["n/dead/e", "n/bare/e", "n/whole/e", "n/lost/e"]);
-        assert_eq!(decide_cni(&links, &leases, &busy), []);
+        assert_eq!(decide_cni(&links, &leases, &set(&[]), &busy), []);
         // Pods' reconciliation leaves them alone, also those without a name yet.
         let leases = set(&["n/a/e", "n/dead/e"]);
         assert_eq!(decide(&[link("n/a/e", false), link("n/b/e", true)], &leases, &set(&[]), &set(&[])), []);

@@ -98,6 +98,12 @@ impl Door {
                 drop(slot);
             });
         }
+        // What is doomed would be found by the next agent, but need not wait for it.
+        let network = self.network;
+        let flushed = tokio::task::spawn_blocking(move || network.inner.doom.flush());
+        if flushed.await.is_err() {
+            tracing::warn!("links of disconnected containers are left to the next agent");
+        }
     }
 }
 
