@@ -155,7 +155,7 @@ pub(crate) fn failures_leave_nothing(plugin: Plugin) {
         config["ipam"]["ranges"] = json!([[{"subnet": "10.127.0.0/29"}]]);
     }
     ctr.netns().ip(&["link", "add", "eth0", "type", "bridge"]);
-    let before = bed.everything();
+    let before = bed.at_rest();
     for n in 0..7 {
         bed.call("ADD", &ctr, &config).refusal();
         assert_eq!(bed.everything(), before, "failure {n}");
@@ -285,7 +285,7 @@ pub(crate) fn del_without_add(bed: &Bed) {
 pub(crate) fn del_after_failed_add(plugin: Plugin) {
     let bed = Bed::new(plugin);
     let (ctr, config) = (Ctr::new(), bed.config("n-failed"));
-    let before = bed.everything();
+    let before = bed.at_rest();
     ctr.netns().ip(&["link", "add", "eth0", "type", "bridge"]);
     bed.call("ADD", &ctr, &config).refusal();
     bed.del(&ctr, &config);

@@ -3,16 +3,15 @@
 //! A case never calls into a plugin and never reads its records: what it claims, it has seen there or in the kernel.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use sheave_harness::netns::checked;
-use sheave_harness::{NetNs, Node, unique, wait_until};
+use sheave_harness::network::execute;
+use sheave_harness::{NetNs, NetworkNode, unique, wait_until};
 
 /// Where Debian's package puts its plugins.
 pub(crate) const DEBIAN: &str = "/usr/lib/cni";
@@ -34,9 +33,14 @@ pub(crate) enum Plugin {
 #[derive(Debug)]
 pub(crate) struct Bed {
     pub(crate) plugin: Plugin,
-    agent: Mutex<Option<Child>>,
-    flags: Vec<String>,
-    pub(crate) node: Node,
+    net: NetworkNode,
+}
+
+impl std::ops::Deref for Bed {
+    type Target = NetworkNode;
+    fn deref(&self) -> &NetworkNode {
+        &self.net
+    }
 }
 
 /// Lives while any case uses it: starting an agent for each would take longer than all cases.
@@ -86,85 +90,20 @@ impl Bed {
 
     /// Without a running agent.
     pub(crate) fn stopped(plugin: Plugin, flags: &[&str]) -> Bed {
-        let node = Node::prepare(&std::env::temp_dir(), env!("CARGO_BIN_EXE_sheave"), &[]);
-        let mut flags: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        if !flags.iter().any(|flag| flag == "--peers") {
-            // Alone, and without an API server.
-            let peers = node.dir().join("peers.toml");
-            std::fs::write(&peers, "").expect("write the peers");
-            flags.extend(["--peers".to_owned(), peers.display().to_string()]);
-        }
-        Bed { plugin, agent: Mutex::new(None), flags, node }
+        Bed { plugin, net: NetworkNode::prepare(env!("CARGO_BIN_EXE_sheave"), flags) }
     }
 
     /// Starts the agent and waits until it serves; nothing for plugins that need none.
     pub(crate) fn start(&self) {
-        if self.plugin == Plugin::Oracle {
-            return;
+        if self.plugin == Plugin::Ours {
+            self.launch();
+            self.wait_serving();
         }
-        self.launch();
-        self.wait_serving();
-    }
-
-    /// Starts the agent and does not wait.
-    pub(crate) fn launch(&self) {
-        let log = std::fs::File::options().create(true).append(true).open(self.log_path()).expect("a log");
-        let mut command = self.node.command(env!("CARGO_BIN_EXE_sheave"));
-        command.args(["agent", "--components", "network", "--node-name", "node-1"]);
-        command.args(["--health-listen", "127.0.0.1:0"]);
-        command.args(self.node.path_flags()).args(&self.flags);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        *self.agent() = Some(command.spawn().expect("start the agent"));
     }
 
     /// Waits until STATUS says that ADD would be served.
     pub(crate) fn wait_serving(&self) {
-        let status = with(self.config("wait"), json!({"cniVersion": "1.1.0"}));
-        wait_until("the agent to serve", PATIENCE, || {
-            if let Some(ended) = self.agent().as_mut().and_then(|agent| agent.try_wait().ok().flatten()) {
-                panic!("the agent ended with {ended}:\n{}", self.log());
-            }
-            match self.verb("STATUS", &status) {
-                Outcome { status: Some(0), .. } => Ok(()),
-                other => Err(format!("{other:?}\n{}", self.log())),
-            }
-        });
-    }
-
-    /// SIGKILL for the agent.
-    pub(crate) fn kill_agent(&self) {
-        if let Some(mut agent) = self.agent().take() {
-            agent.kill().expect("kill the agent");
-            agent.wait().expect("wait for the agent");
-        }
-    }
-
-    /// The agent's process id.
-    pub(crate) fn agent_pid(&self) -> u32 {
-        self.agent().as_ref().expect("the agent runs").id()
-    }
-
-    fn agent(&self) -> std::sync::MutexGuard<'_, Option<Child>> {
-        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn log_path(&self) -> PathBuf {
-        self.node.dir().join("agent.log")
-    }
-
-    /// What the agent has logged.
-    pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(self.log_path()).unwrap_or_default()
-    }
-
-    /// The agent's socket.
-    pub(crate) fn socket(&self) -> PathBuf {
-        self.node.dir().join("run/cni.sock")
-    }
-
-    /// Where the agent keeps attachments.
-    pub(crate) fn network_dir(&self) -> PathBuf {
-        self.node.dir().join("state/network")
+        self.net.wait_serving(&our_binary());
     }
 
     /// The newest version that both speak, where a case does not ask for another.
@@ -178,12 +117,7 @@ impl Bed {
     /// A plugin configuration of network `name`, in version 1.0.0.
     pub(crate) fn config(&self, name: &str) -> Value {
         match self.plugin {
-            Plugin::Ours => json!({
-                "cniVersion": "1.0.0", "name": name, "type": "sheave-cni",
-                "socket": self.socket(), "spool": self.network_dir().join("spool"),
-                "capabilities": {"portMappings": true, "bandwidth": true, "ips": true, "mac": true,
-                                 "dns": true, "ipRanges": true},
-            }),
+            Plugin::Ours => self.net.config(name),
             Plugin::Oracle => json!({
                 "cniVersion": "1.0.0", "name": name, "type": "ptp",
                 "capabilities": {"ips": true, "dns": true},
@@ -225,7 +159,6 @@ impl Bed {
         let mut command = Command::new(program);
         self.node.netns.apply(&mut command);
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
@@ -344,36 +277,16 @@ impl Bed {
     }
 
     /// All that is on the node: links, addresses, routes, neighbours, rules. For beds that no other case uses.
-    pub(crate) fn everything(&self) -> String {
-        let ns = &self.node.netns;
-        let mut all = Vec::new();
-        for args in [
-            &["-o", "link", "show"][..],
-            &["-o", "address", "show"],
-            &["route", "show", "table", "all"],
-            &["-6", "route", "show", "table", "all"],
-            &["neigh", "show", "nud", "permanent"],
-        ] {
-            all.push(ns.ip(args));
-        }
-        all.push(checked(ns.command("nft").args(["list", "ruleset"])));
-        // Link-local addresses of the uplink and what goes with them appear when the kernel gets to it.
-        let steady = |line: &&str| !["fe80:", "ff00::"].iter().any(|own| line.contains(own));
-        all.join("\n").lines().filter(steady).collect::<Vec<_>>().join("\n")
+    pub(crate) fn everything(&self) -> BTreeSet<String> {
+        self.traces()
     }
-}
 
-impl Drop for Bed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let log = self.log();
-            let from = log.lines().count().saturating_sub(40);
-            eprintln!(
-                "the agent's log ends with:\n{}",
-                log.lines().skip(from).collect::<Vec<_>>().join("\n")
-            );
+    /// [`Bed::everything`] once nothing of the agent's start is still to come.
+    pub(crate) fn at_rest(&self) -> BTreeSet<String> {
+        match self.plugin {
+            Plugin::Ours => self.net.settled(&our_binary()),
+            Plugin::Oracle => self.traces(),
         }
-        self.kill_agent();
     }
 }
 
@@ -484,11 +397,8 @@ impl Outcome {
 }
 
 /// Runs a prepared command to its end.
-pub(crate) fn run(mut command: Command, stdin: &[u8]) -> Outcome {
-    let mut child = command.spawn().unwrap_or_else(|e| panic!("start {command:?}: {e}"));
-    // A plugin that has seen enough may end before it has read all.
-    child.stdin.take().expect("standard input is a pipe").write_all(stdin).ok();
-    let output = child.wait_with_output().expect("wait for a plugin");
+pub(crate) fn run(command: Command, stdin: &[u8]) -> Outcome {
+    let output = execute(command, stdin);
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("plugins print text");
     Outcome { status: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }

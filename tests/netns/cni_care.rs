@@ -198,6 +198,7 @@ pub(crate) fn add_whatever_status_said(bed: &Bed) {
 pub(crate) fn status_changes_nothing(plugin: Plugin) {
     let bed = Bed::new(plugin);
     let (ctr, config) = (Ctr::new(), newest(&bed, "n-idle"));
+    bed.at_rest();
     bed.add(&ctr, &config);
     let before = bed.everything();
     let start = std::time::Instant::now();
@@ -319,6 +320,7 @@ pub(crate) fn gc_without_the_key(bed: &Bed) {
 pub(crate) fn gc_twice(plugin: Plugin) {
     let bed = Bed::new(plugin);
     let config = newest(&bed, "n-gc-twice");
+    bed.at_rest();
     let (stale, kept) = (Ctr::new(), Ctr::new());
     let (first, _) = (bed.add(&stale, &config), bed.add(&kept, &config));
     gc(&bed, &config, &[&kept]).silent();

@@ -4,8 +4,10 @@
 mod bad_input;
 mod callers;
 mod cni_attach;
+mod cni_bad_input;
 mod cni_bed;
 mod cni_care;
+mod cni_churn;
 mod cni_conformance;
 mod cni_extras;
 mod cni_fake;

@@ -4,6 +4,7 @@
 
 mod api;
 mod cluster;
+mod cni;
 mod connect;
 mod connect_client;
 mod container_start;
@@ -23,6 +24,7 @@ mod program;
 mod progress;
 mod report;
 mod rolling;
+mod soak_cni;
 mod soak_control;
 mod soak_fuzz;
 mod soak_node;
@@ -81,6 +83,7 @@ enum Command {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Soak {
+    Cni,
     Fuzz,
     KillControl,
     KillNode,
@@ -92,6 +95,7 @@ enum Soak {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Bench {
     Api,
+    Cni,
     Connect,
     Footprint,
     Load,
@@ -106,6 +110,7 @@ fn main() -> Result<()> {
     match cli.command {
         Command::Bench { name, json } => match name {
             Bench::Api => block_on(api::run(json)),
+            Bench::Cni => cni::run(json),
             Bench::Connect => connect::run(json),
             Bench::Footprint => footprint::run(json),
             Bench::Load => load::run(json),
@@ -115,6 +120,7 @@ fn main() -> Result<()> {
             Bench::Program => program::run(json),
         },
         Command::Soak { name, rounds, mode, seconds, seed } => match name {
+            Soak::Cni => soak_cni::run(rounds.unwrap_or(10)),
             Soak::Fuzz => soak_fuzz::run(seconds.unwrap_or(soak_fuzz::SECONDS), seed),
             Soak::KillControl => block_on(soak_control::run(rounds.unwrap_or(30))),
             Soak::KillNode => soak_node::run(rounds.unwrap_or(20)),

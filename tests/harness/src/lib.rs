@@ -8,8 +8,10 @@ pub mod http;
 pub mod image;
 pub mod isolate;
 pub mod netns;
+pub mod network;
 pub mod node;
 pub mod overlay;
+pub mod pinned;
 pub mod report;
 pub mod wait;
 
@@ -19,6 +21,7 @@ mod selftest;
 pub use cgroup::Cgroup;
 pub use isolate::isolated;
 pub use netns::{NetNs, checksum_in_stack};
+pub use network::NetworkNode;
 pub use node::Node;
 pub use report::skip;
 pub use wait::{wait_for, wait_until};
