@@ -6,7 +6,6 @@ use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -193,38 +192,39 @@ fn await_true(mut look: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
     Ok(())
 }
 
-/// Work for the thread inside a pod's namespace.
-type Job = Box<dyn FnOnce(&mut Hands) + Send>;
+/// The calling thread's namespace. Never `/proc/self/…`: that is the main thread's.
+const OWN: &str = "/proc/thread-self/ns/net";
 
-/// Both sides of one pod: the node's in the calling thread, the pod's on a thread of its own.
+/// Runs `work`, which enters a pod's namespace, on a thread that ends with it.
+pub(super) fn on_own_thread<T: Send>(
+    work: impl FnOnce() -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    thread::scope(|scope| {
+        let spawned = thread::Builder::new().name("pod-netns".to_owned()).spawn_scoped(scope, work);
+        let thread = spawned.map_err(|source| NetworkError::Io {
+            op: "start a thread for",
+            path: "/proc/self/task".into(),
+            source,
+        })?;
+        thread.join().unwrap_or(Err(NetworkError::Worker))
+    })
+}
+
+/// Both sides of one pod, for a thread of [`on_own_thread`]. Between calls the thread is in the node's namespace.
 pub(super) struct Sides {
     node: Hands,
+    pod: Hands,
     netns: File,
-    jobs: Option<mpsc::Sender<Job>>,
-    inside: Option<thread::JoinHandle<()>>,
+    home: File,
 }
 
 impl Sides {
-    /// Enters the namespace `netns`.
+    /// Looks into the namespace `netns`.
     pub(super) fn open(netns: File) -> io::Result<Self> {
-        let (jobs, work) = mpsc::channel::<Job>();
-        let (ready, entered) = mpsc::channel();
-        let door = netns.try_clone()?;
-        let inside = thread::Builder::new().name("pod-netns".to_owned()).spawn(move || {
-            let hands = setns(&door, CloneFlags::CLONE_NEWNET)
-                .map_err(io::Error::from)
-                .and_then(|()| Hands::open(Side::Pod));
-            match hands {
-                Ok(mut hands) => {
-                    // The other end waits for this answer.
-                    ready.send(Ok(())).unwrap_or_default();
-                    work.into_iter().for_each(|job| job(&mut hands));
-                }
-                Err(error) => ready.send(Err(error)).unwrap_or_default(),
-            }
-        })?;
-        entered.recv().map_err(|_| io::Error::other("the thread inside the namespace stopped"))??;
-        Ok(Sides { node: Hands::open(Side::Node)?, netns, jobs: Some(jobs), inside: Some(inside) })
+        let home = File::open(OWN)?;
+        let node = Hands::open(Side::Node)?;
+        let pod = visit(&netns, &home, || Hands::open(Side::Pod))?;
+        Ok(Sides { node, pod, netns, home })
     }
 
     /// The pod's namespace.
@@ -232,25 +232,15 @@ impl Sides {
         &self.netns
     }
 
-    fn inside<T: Send + 'static>(
-        &self,
-        job: impl FnOnce(&mut Hands) -> io::Result<T> + Send + 'static,
-    ) -> io::Result<T> {
-        let stopped = || io::Error::other("the thread inside the namespace stopped");
-        let (reply, answer) = mpsc::channel();
-        let job: Job = Box::new(move |hands| reply.send(job(hands)).unwrap_or_default());
-        let jobs = self.jobs.as_ref().ok_or_else(stopped)?;
-        jobs.send(job).map_err(|_| stopped())?;
-        answer.recv().map_err(|_| stopped())?
-    }
-
     /// What the pod's side has, and the number that no other network namespace ever had, where the kernel tells it.
-    pub(super) fn look_inside(&self, ifname: &str, ips: &[IpAddr]) -> io::Result<(Observed, Option<u64>)> {
-        let (ips, ifname) = (ips.to_vec(), ifname.to_owned());
-        self.inside(move |hands| {
-            let seen = hands.observe(&ifname, &ips, None)?;
-            Ok((seen, hands.connection.cookie().ok()))
-        })
+    pub(super) fn look_inside(
+        &mut self,
+        ifname: &str,
+        ips: &[IpAddr],
+    ) -> io::Result<(Observed, Option<u64>)> {
+        let pod = &mut self.pod;
+        let seen = visit(&self.netns, &self.home, || pod.observe(ifname, ips, None))?;
+        Ok((seen, self.pod.connection.cookie().ok()))
     }
 
     /// What the node's side has. `rows`, where given, spares looking through the node's tables.
@@ -261,44 +251,34 @@ impl Sides {
     /// Carries out steps in their order; an error comes with the step that failed.
     pub(super) fn apply(&mut self, steps: &[Step]) -> Result<(), (Step, io::Error)> {
         for run in steps.chunk_by(|one, next| one.side == next.side) {
-            match run[0].side {
-                Side::Node => {
-                    for step in run {
-                        let done = self.node.act(&step.act, Some(&self.netns));
-                        done.map_err(|error| (step.clone(), error))?;
-                    }
+            let mut at = &run[0];
+            let done = match at.side {
+                Side::Node => run.iter().try_for_each(|step| {
+                    at = step;
+                    self.node.act(&step.act, Some(&self.netns))
+                }),
+                Side::Pod => {
+                    let pod = &mut self.pod;
+                    visit(&self.netns, &self.home, || {
+                        run.iter().try_for_each(|step| {
+                            at = step;
+                            pod.act(&step.act, None)
+                        })
+                    })
                 }
-                Side::Pod => self.apply_inside(run)?,
-            }
+            };
+            done.map_err(|error| (at.clone(), error))?;
         }
         Ok(())
     }
-
-    /// In one go: handing steps over one by one costs more than most of them do.
-    fn apply_inside(&self, run: &[Step]) -> Result<(), (Step, io::Error)> {
-        let steps = run.to_vec();
-        let done = self.inside(move |hands| {
-            let failed = steps.into_iter().find_map(|step| {
-                let error = hands.act(&step.act, None).err()?;
-                Some((step, error))
-            });
-            Ok(failed)
-        });
-        match done {
-            Ok(None) => Ok(()),
-            Ok(Some(failed)) => Err(failed),
-            Err(error) => Err((run[0].clone(), error)),
-        }
-    }
 }
 
-impl Drop for Sides {
-    fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.inside.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread inside a pod's namespace panicked");
-        }
+/// Runs `work` with the calling thread in the namespace `netns`. A thread that can't come back ends.
+fn visit<T>(netns: &File, home: &File, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    setns(netns, CloneFlags::CLONE_NEWNET)?;
+    let done = work();
+    if let Err(errno) = setns(home, CloneFlags::CLONE_NEWNET) {
+        panic!("a thread can't leave a pod's network namespace: {errno}");
     }
+    done
 }

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use super::act::{NodeRows, Sides};
+use super::act::{NodeRows, Sides, on_own_thread};
 use super::asked::{Asked, Demand};
 use super::error::NetworkError;
 use super::leases::{Lease, Netns};
@@ -50,10 +50,14 @@ fn asked_of(uid: &str) -> Option<Asked> {
 impl Inner {
     /// Connects what is not connected; undoes all of it where any of it fails.
     pub(super) fn add(&self, ask: Ask) -> Result<Added, NetworkError> {
-        let Ask { mut asked, demand, path, netns } = ask;
-        let uid = asked.key();
+        let uid = ask.asked.key();
         let _working = self.begin(&uid);
         self.must_be_new(&uid)?;
+        on_own_thread(|| self.add_new(uid, ask))
+    }
+
+    fn add_new(&self, uid: String, ask: Ask) -> Result<Added, NetworkError> {
+        let Ask { mut asked, demand, path, netns } = ask;
         let file = File::from(netns);
         let gone = |source| NetworkError::Netns { uid: uid.clone(), path: path.clone(), source };
         let netns = Netns::of(&file, &path).map_err(gone)?;
@@ -154,10 +158,12 @@ impl Inner {
             });
         };
         let want = want(&lease, facts);
-        let mut sides = open_sides(uid, File::from(netns), Path::new("CNI_NETNS"))?;
-        let unlimited = bandwidth::lacks(&lease, sides.netns());
-        let (pod, _) = sides.look_inside(&want.ifname, &want.ips).map_err(look_failed(uid))?;
-        let node = sides.look_at_node(&want, None).map_err(look_failed(uid))?;
+        let (pod, node, unlimited) = on_own_thread(|| {
+            let mut sides = open_sides(uid, File::from(netns), Path::new("CNI_NETNS"))?;
+            let (pod, _) = sides.look_inside(&want.ifname, &want.ips).map_err(look_failed(uid))?;
+            let node = sides.look_at_node(&want, None).map_err(look_failed(uid))?;
+            Ok((pod, node, bandwidth::lacks(&lease, sides.netns())))
+        })?;
         let mut missing: Vec<String> = match steps(&want, &node, &pod) {
             Ok(steps) => steps.iter().filter(|step| is_lack(step)).map(|step| format!("to {step}")).collect(),
             Err(_) => vec![format!("{} is another link now", want.ifname)],
@@ -275,7 +281,7 @@ impl Inner {
         }
         let step = |ip: &IpAddr| Step { side: Side::Pod, act: Act::DeleteRule { ip: *ip, table } };
         let steps: Vec<Step> = lease.ips.iter().map(step).collect();
-        let done = open_sides(uid, file, &now.path).map(|mut sides| sides.apply(&steps));
+        let done = on_own_thread(|| open_sides(uid, file, &now.path).map(|mut sides| sides.apply(&steps)));
         if let Ok(Err((step, error))) = done {
             tracing::debug!(uid, %step, %error, "left in the namespace");
         }

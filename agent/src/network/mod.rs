@@ -36,7 +36,7 @@ pub use inventory::{Inventory, PoolUse, inventory};
 pub use node::{NodeAddresses, node_addresses};
 pub use ports::{PortMapping, PortsOf, Protocol};
 
-use act::{NodeRows, Sides};
+use act::{NodeRows, Sides, on_own_thread};
 use doom::Doom;
 use leases::{Lease, Leases, Netns, check_uid};
 use nat::Nat;
@@ -475,12 +475,14 @@ impl Inner {
         path: &Path,
         rows: Option<&NodeRows>,
     ) -> Result<Vec<String>, NetworkError> {
-        let mut sides = open_sides(&want.key, netns, path)?;
-        let (pod, cookie) = sides.look_inside(&want.ifname, &want.ips).map_err(look_failed(&want.key))?;
-        if want.cookie.is_some() && cookie.is_some() && want.cookie != cookie {
-            return Err(NetworkError::OtherNetns { uid: want.key.clone(), path: path.to_owned() });
-        }
-        self.lead(&mut sides, want, &pod, rows)
+        on_own_thread(|| {
+            let mut sides = open_sides(&want.key, netns, path)?;
+            let (pod, cookie) = sides.look_inside(&want.ifname, &want.ips).map_err(look_failed(&want.key))?;
+            if want.cookie.is_some() && cookie.is_some() && want.cookie != cookie {
+                return Err(NetworkError::OtherNetns { uid: want.key.clone(), path: path.to_owned() });
+            }
+            self.lead(&mut sides, want, &pod, rows)
+        })
     }
 
     /// The rest of [`Inner::connect`], from what the pod's side has.
