@@ -42,7 +42,7 @@ fn damaged_records_come_back_from_the_kernel() {
     for said in ["not readable", "from the kernel"] {
         assert!(log.contains(said), "{said:?} is not in the log:\n{log}");
     }
-    let old: Vec<IpAddr> = [&first, &second, &third].into_iter().flat_map(|result| ips_of(result)).collect();
+    let old: Vec<IpAddr> = [&first, &second, &third].into_iter().flat_map(ips_of).collect();
     let new = Ctr::new();
     let fourth = bed.add(&new, &plain);
     assert!(ips_of(&fourth).iter().all(|ip| !old.contains(ip)), "{fourth} after {old:?}");

@@ -94,11 +94,13 @@ pub(crate) fn row(measured: &Measured, host: Option<&Measured>, mtu: u32) -> Row
 }
 
 fn rows(entries: &[Entry]) -> Vec<&Row> {
-    let row = |entry| match entry {
-        &Entry::Row(ref row) => Some(&**row),
-        Entry::Absent(_) => None,
-    };
-    entries.iter().filter_map(row).collect()
+    let mut rows: Vec<&Row> = Vec::new();
+    for entry in entries {
+        if let Entry::Row(row) = entry {
+            rows.push(row);
+        }
+    }
+    rows
 }
 
 fn about(row: &Row) -> &'static str {

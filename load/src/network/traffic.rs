@@ -97,8 +97,10 @@ fn stream(to: SocketAddr, time: Duration) -> std::io::Result<Done> {
         bytes += chunk.len() as u64;
     }
     stream.shutdown(Shutdown::Write)?;
-    // The receiver closes once it has read all.
-    stream.read(&mut [0])?;
+    // The receiver closes once it has read all, and sends nothing.
+    if stream.read(&mut [0])? != 0 {
+        return Err(std::io::Error::other("the receiver of a stream sent something"));
+    }
     Ok(Done { bytes, ns: vec![nanos(start)], failure: None })
 }
 

@@ -71,7 +71,7 @@ fn selector(key: &str, value: String) -> Selector {
 
 /// A policy for the pod, none like another: pods by label, ranges with an exception, and ports.
 fn policy(n: u32, port: u16) -> Policy {
-    let peer = if n % 2 == 0 {
+    let peer = if n.is_multiple_of(2) {
         Peer::Pods { pods: Some(selector("peer", (n % PEERS).to_string())), namespaces: None }
     } else {
         let base = u32::from(Ipv4Addr::new(172, 16, 0, 0)) + n * 16;
