@@ -43,6 +43,8 @@ pub(crate) struct Row {
     pub(crate) rr_p99_us: Option<f64>,
     pub(crate) rr_p50_us_over_host: Option<f64>,
     pub(crate) turns: usize,
+    /// Of each turn, in their order, which all roads have the same of: gigabits a second.
+    pub(crate) turns_gbps: Vec<f64>,
     pub(crate) failed: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) failure: Option<String>,
@@ -88,6 +90,7 @@ pub(crate) fn row(measured: &Measured, host: Option<&Measured>, mtu: u32) -> Row
             .zip(host.and_then(|host| host.requests.us(0.5)))
             .map(|(own, host)| own - host),
         turns: measured.gbps.len(),
+        turns_gbps: measured.gbps.clone(),
         failed: measured.failed,
         failure: measured.failure.clone(),
     }

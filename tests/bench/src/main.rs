@@ -15,6 +15,7 @@ mod fuzz;
 mod latency;
 mod load;
 mod load_client;
+mod network;
 mod packet;
 mod packet_flood;
 mod packet_frame;
@@ -99,6 +100,7 @@ enum Bench {
     Connect,
     Footprint,
     Load,
+    Network,
     Packet,
     PodStart,
     Policy,
@@ -114,6 +116,7 @@ fn main() -> Result<()> {
             Bench::Connect => connect::run(json),
             Bench::Footprint => footprint::run(json),
             Bench::Load => load::run(json),
+            Bench::Network => network::run(json),
             Bench::Packet => packet::run(json),
             Bench::PodStart => pod_start::run(json),
             Bench::Policy => policy::run(json),
