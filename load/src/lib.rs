@@ -8,6 +8,7 @@
 //! that whatever else the machine does meets all modes alike.
 
 mod bed;
+mod blocks;
 mod client;
 mod error;
 mod html;

@@ -2,6 +2,7 @@
 //! order, so that whatever else the machine does meets all of them alike.
 
 use crate::bed::{Bed, Cpus, From, Ground, NODE};
+use crate::blocks::{Figure, What, median};
 use crate::error::{Doing as _, chain};
 use crate::options::{Backends, Options, Output, Way};
 use crate::row::{Absent, Entry, Measured, Path, Through, row};
@@ -15,14 +16,18 @@ use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-/// Rounds of a block: some ten milliseconds of traffic.
-const BLOCK: u32 = 250;
+/// Rounds of a block: a few milliseconds of traffic.
+const BLOCK: u32 = 50;
 /// Rounds at the beginning of each that are not counted: another process had the caches.
-const WARM_UP: u32 = 10;
+const WARM_UP: u32 = 5;
 /// Failures after which no more traffic is sent into a bed: each may have taken seconds.
 const FAILED_MAX: u64 = 32;
 /// Longest time for changes of endpoints, one after the other.
-const CHANGES_MS: u64 = 10_000;
+const CHANGES_MS: u64 = 4_000;
+/// The beds that nothing is loaded in. There are two: how far they differ is how far figures may be off.
+const BARE: [&str; 2] = ["direct", "control"];
+/// What they are compared by.
+const CONTROL: Figure = (From::Pod, Kind::Connect, What::Direct);
 /// Where traffic starts, its kind, and the part of the samples that it gets.
 const TRAFFIC: [(From, Kind, u32); 9] = [
     (From::Pod, Kind::Connect, 1),
@@ -113,7 +118,7 @@ impl Run<'_> {
     fn all(&self, ground: &Ground) -> Result<Vec<Entry>, LoadError> {
         let cpus = Cpus::find();
         let mut absent = Vec::new();
-        let mut subjects = vec![self.bare(ground, cpus)?];
+        let mut subjects = vec![self.bare(ground, cpus, BARE[0])?, self.bare(ground, cpus, BARE[1])?];
         for way in self.options.planes() {
             self.progress.say(self.spec, &format!("programming {}", way.name()));
             match self.subject(ground, cpus, way)? {
@@ -135,14 +140,19 @@ impl Run<'_> {
     }
 
     fn entries(&self, subjects: &[Subject], mut absent: Vec<(Way, Absent)>) -> Vec<Entry> {
-        let Some(bare) = subjects.first() else { return Vec::new() };
+        let [first, second, planes @ ..] = subjects else { return Vec::new() };
+        let control = second.measured.blocks.ratio(CONTROL, (&first.measured.blocks, CONTROL), 1, median);
+        let mut bare = first.measured.clone();
+        bare.merge(&second.measured);
         let params = (self.spec.services, self.spec.endpoints, self.spec.backends);
         // Without traffic there is nothing to say of the bed that nothing is loaded in.
-        let told = subjects.iter().filter(|s| !self.options.no_traffic || s.way != Way::Direct);
+        let nothing = (!self.options.no_traffic).then_some((Way::Direct, &bare));
+        let told = nothing.into_iter().chain(planes.iter().map(|plane| (plane.way, &plane.measured)));
         let mut entries: Vec<(Way, Entry)> = told
-            .map(|subject| {
-                let row = row(subject.way, params, &subject.measured, &bare.measured);
-                (subject.way, Entry::Row(Box::new(row)))
+            .map(|(way, measured)| {
+                let mut row = row(way, params, measured, &bare);
+                row.ratio_control_p50 = control.filter(|_| way == Way::Direct);
+                (way, Entry::Row(Box::new(row)))
             })
             .collect();
         entries.extend(absent.drain(..).map(|(way, absent)| (way, Entry::Absent(absent))));
@@ -150,10 +160,10 @@ impl Run<'_> {
         entries.into_iter().map(|(_, entry)| entry).collect()
     }
 
-    /// The bed that nothing is loaded in.
-    fn bare(&self, ground: &Ground, cpus: Cpus) -> Result<Subject, LoadError> {
+    /// A bed that nothing is loaded in.
+    fn bare(&self, ground: &Ground, cpus: Cpus, name: &'static str) -> Result<Subject, LoadError> {
         self.progress.say(self.spec, "building");
-        let bed = Bed::new(ground, Way::Direct.name(), cpus)?;
+        let bed = Bed::new(ground, name, cpus)?;
         let clients = self.clients(&bed)?;
         Ok(Subject { way: Way::Direct, measured: Measured::default(), clients, planner: None, _bed: bed })
     }
@@ -280,7 +290,7 @@ impl Run<'_> {
                     continue;
                 };
                 let driven: Driven = client.ask(&drive)?;
-                take(&mut subject.measured, (from, kind), &throughs, driven);
+                take(&mut subject.measured, (from, kind, block), &throughs, driven);
             }
         }
         Ok(())
@@ -311,13 +321,19 @@ impl Run<'_> {
     }
 }
 
-fn take(measured: &mut Measured, (from, kind): (From, Kind), throughs: &[Through], driven: Driven) {
+fn take(
+    measured: &mut Measured,
+    (from, kind, block): (From, Kind, u32),
+    throughs: &[Through],
+    driven: Driven,
+) {
     measured.failure = measured.failure.take().or(driven.failure);
     for (through, samples) in throughs.iter().zip(driven.targets) {
         let path: Path = (from, kind, *through);
         let all = measured.traffic.entry(path).or_insert_with(Latencies::new);
         samples.ns.iter().for_each(|ns| all.record_ns(*ns));
         all.fail(samples.failed);
+        measured.note(path, block, &samples);
         if !samples.answer_ns.is_empty() {
             let answers = measured.answers.entry(path).or_insert_with(Latencies::new);
             samples.answer_ns.iter().for_each(|ns| answers.record_ns(*ns));

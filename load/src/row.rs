@@ -1,11 +1,15 @@
 //! PURE: what came of a mode with a number of services. Invariant: a figure that was not taken is null, never zero.
 
 use crate::bed::From;
+use crate::blocks::{Blocks, Figure, Of, What, median, p99, trimmed_mean};
 use crate::options::{Backends, Way};
 use crate::stats::{Latencies, ratio};
-use crate::wire::Kind;
+use crate::wire::{Kind, Samples};
 use serde::Serialize;
 use std::collections::BTreeMap;
+
+/// Blocks that make one moment where a hundredth of its samples is looked at.
+const TOGETHER_P99: u32 = 20;
 
 /// What a connection goes through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,11 +36,13 @@ impl Through {
 pub(crate) type Path = (From, Kind, Through);
 
 /// All that was measured in one bed.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Measured {
     pub(crate) traffic: BTreeMap<Path, Latencies>,
     /// Of short requests: until the answer was there.
     pub(crate) answers: BTreeMap<Path, Latencies>,
+    /// The same by the moment.
+    pub(crate) blocks: Blocks,
     pub(crate) open_s: Option<f64>,
     pub(crate) program_s: Option<f64>,
     pub(crate) updates: Option<Latencies>,
@@ -60,6 +66,34 @@ impl Measured {
 
     pub(crate) fn direct(&self, from: From, kind: Kind) -> Latencies {
         self.traffic.get(&(from, kind, Through::Direct)).cloned().unwrap_or_else(Latencies::new)
+    }
+
+    /// Takes note of samples of a moment.
+    pub(crate) fn note(&mut self, (from, kind, through): Path, block: u32, samples: &Samples) {
+        let (what, answer) = if through == Through::Direct {
+            (What::Direct, What::DirectAnswer)
+        } else {
+            (What::Services, What::ServicesAnswer)
+        };
+        self.blocks.add((from, kind, what), block, &samples.ns);
+        self.blocks.add((from, kind, answer), block, &samples.answer_ns);
+        if through == Through::Last {
+            self.blocks.add((from, kind, What::Last), block, &samples.ns);
+        }
+    }
+
+    /// Adds the traffic of another bed that is like this one.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        for (all, more) in [(&mut self.traffic, &other.traffic), (&mut self.answers, &other.answers)] {
+            more.iter().for_each(|(path, part)| all.entry(*path).or_insert_with(Latencies::new).add(part));
+        }
+        self.blocks.merge(&other.blocks);
+        self.failure = self.failure.take().or_else(|| other.failure.clone());
+    }
+
+    /// `of` of a figure ÷ the same of another bed's, moment by moment.
+    fn to(&self, figure: Figure, bare: &Self, of_bare: Figure, together: u32, of: Of) -> Option<f64> {
+        self.blocks.ratio(figure, (&bare.blocks, of_bare), together, of)
     }
 
     pub(crate) fn failed(&self) -> u64 {
@@ -107,6 +141,9 @@ pub(crate) struct Row {
     /// To a backend itself beside the loaded data plane, and ÷ with nothing loaded.
     pub(crate) direct_beside_p50_us: Option<f64>,
     pub(crate) ratio_direct_beside_p50: Option<f64>,
+    /// With nothing loaded: one bed ÷ another that is just the same, which tells how exact ratios are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ratio_control_p50: Option<f64>,
     /// From outside through NodePorts: connect, and until a first request is answered, ÷ to the backend itself.
     pub(crate) ratio_node_port_connect_p50_to_direct: Option<f64>,
     pub(crate) ratio_node_port_answer_p50_to_direct: Option<f64>,
@@ -168,14 +205,6 @@ fn line(path: &Path, all: &Latencies, answers: Option<&Latencies>, bare: &Measur
     }
 }
 
-fn answers(measured: &Measured, from: From, throughs: &[Through]) -> Option<f64> {
-    let mut all = Latencies::new();
-    for through in throughs {
-        measured.answers.get(&(from, Kind::Short, *through)).into_iter().for_each(|part| all.add(part));
-    }
-    all.us(0.5)
-}
-
 /// The row of `way`; `bare` is what was measured at the same time with nothing loaded.
 pub(crate) fn row(
     way: Way,
@@ -187,12 +216,15 @@ pub(crate) fn row(
     let through =
         |from, kind| if is_direct { bare.direct(from, kind) } else { measured.services(from, kind) };
     let connect = through(From::Pod, Kind::Connect);
-    let direct = bare.direct(From::Pod, Kind::Connect);
     let beside = measured.direct(From::Pod, Kind::Connect);
-    let last = if is_direct { Through::Direct } else { Through::Last };
-    let cps = measured.traffic.get(&(From::Pod, Kind::Short, last)).and_then(Latencies::per_second);
-    let node_port = through(From::Outside, Kind::Connect).us(0.5);
-    let services_only = [Through::First, Through::Random, Through::Last];
+    // A row of direct is its own measure.
+    let what = |of_services, of_direct| if is_direct { of_direct } else { of_services };
+    let to_direct = |from, kind, (of_services, of_direct), together, of: Of| {
+        measured.to((from, kind, what(of_services, of_direct)), bare, (from, kind, of_direct), together, of)
+    };
+    let (all, short) = ((What::Services, What::Direct), (What::Last, What::Direct));
+    let pod = |kind, what| (From::Pod, kind, what);
+    let last_of_all = measured.blocks.typical(pod(Kind::Short, what(short.0, short.1)), 1, trimmed_mean);
     let ms = |quantile| measured.updates.as_ref().and_then(|all| all.us(quantile)).map(|us| us / 1000.0);
     Row {
         mode: way.name(),
@@ -202,21 +234,34 @@ pub(crate) fn row(
         connect_p50_us: connect.us(0.5),
         connect_p90_us: connect.us(0.9),
         connect_p99_us: connect.us(0.99),
-        ratio_connect_p50_to_direct: ratio(connect.us(0.5), direct.us(0.5)),
-        ratio_connect_p99_to_direct: ratio(connect.us(0.99), direct.us(0.99)),
-        ratio_connect_p50_to_direct_beside: ratio(connect.us(0.5), beside.us(0.5)),
+        ratio_connect_p50_to_direct: to_direct(From::Pod, Kind::Connect, all, 1, median),
+        ratio_connect_p99_to_direct: to_direct(From::Pod, Kind::Connect, all, TOGETHER_P99, p99),
+        ratio_connect_p50_to_direct_beside: measured.to(
+            pod(Kind::Connect, what(What::Services, What::Direct)),
+            measured,
+            pod(Kind::Connect, What::Direct),
+            1,
+            median,
+        ),
         direct_beside_p50_us: beside.us(0.5),
-        ratio_direct_beside_p50: ratio(beside.us(0.5), direct.us(0.5)),
-        ratio_node_port_connect_p50_to_direct: ratio(
-            node_port,
-            bare.direct(From::Outside, Kind::Connect).us(0.5),
+        ratio_direct_beside_p50: measured.to(
+            pod(Kind::Connect, What::Direct),
+            bare,
+            pod(Kind::Connect, What::Direct),
+            1,
+            median,
         ),
-        ratio_node_port_answer_p50_to_direct: ratio(
-            answers(measured, From::Outside, if is_direct { &[Through::Direct] } else { &services_only }),
-            answers(bare, From::Outside, &[Through::Direct]),
+        ratio_control_p50: None,
+        ratio_node_port_connect_p50_to_direct: to_direct(From::Outside, Kind::Connect, all, 1, median),
+        ratio_node_port_answer_p50_to_direct: to_direct(
+            From::Outside,
+            Kind::Short,
+            (What::ServicesAnswer, What::DirectAnswer),
+            1,
+            median,
         ),
-        cps,
-        ratio_cps_to_direct: ratio(cps, bare.direct(From::Pod, Kind::Short).per_second()),
+        cps: last_of_all.filter(|ns| *ns > 0.0).map(|ns| 1e9 / ns),
+        ratio_cps_to_direct: ratio(Some(1.0), to_direct(From::Pod, Kind::Short, short, 1, trimmed_mean)),
         rtt_p50_us: through(From::Pod, Kind::Keepalive).us(0.5),
         udp_p50_us: through(From::Pod, Kind::Udp).us(0.5),
         program_s: measured.program_s,
@@ -251,13 +296,18 @@ pub(crate) mod tests {
     /// A run in which a connect takes `direct` µs to a backend with nothing loaded, and `service` µs through services.
     pub(crate) fn example(way: Way, services: u32, direct: u64, service: u64) -> Row {
         let mut bare = Measured::default();
-        bare.traffic.insert((From::Pod, Kind::Connect, Through::Direct), took(direct));
-        bare.traffic.insert((From::Pod, Kind::Short, Through::Direct), took(2 * direct));
+        let add = |into: &mut Measured, kind, through, us| {
+            into.traffic.insert((From::Pod, kind, through), took(us));
+            let samples = Samples { ns: vec![us * 1000; 100], ..Samples::default() };
+            into.note((From::Pod, kind, through), 0, &samples);
+        };
+        add(&mut bare, Kind::Connect, Through::Direct, direct);
+        add(&mut bare, Kind::Short, Through::Direct, 2 * direct);
         let mut measured = Measured { program_s: Some(0.25), ..Measured::default() };
         for through in [Through::Direct, Through::First, Through::Random, Through::Last] {
             let us = if through == Through::Direct { direct } else { service };
-            measured.traffic.insert((From::Pod, Kind::Connect, through), took(us));
-            measured.traffic.insert((From::Pod, Kind::Short, through), took(2 * us));
+            add(&mut measured, Kind::Connect, through, us);
+            add(&mut measured, Kind::Short, through, 2 * us);
         }
         row(way, (services, 4, Backends::Unique), if way == Way::Direct { &bare } else { &measured }, &bare)
     }

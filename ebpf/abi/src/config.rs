@@ -7,8 +7,8 @@ use crate::layout::plain;
 pub mod config_flag {
     /// Masquerade everything that arrives for a service, wherever its backend is (`--masquerade-all`).
     pub const MASQUERADE_ALL: u32 = 1 << 0;
-    /// There are hostPorts on every address of the node, so that ports outside of the NodePort range are looked up with
-    /// the wildcard address too.
+    /// There are hostPorts on every address of the node, or NodePorts beyond the range of NodePorts, so that ports outside
+    /// of the range are looked up with the wildcard address too.
     pub const HOST_PORTS: u32 = 1 << 1;
     /// NodePorts are reached on loopback, by programs in the node's own network namespace.
     pub const LOOPBACK_NODE_PORTS: u32 = 1 << 2;
@@ -30,9 +30,8 @@ plain! {
         pub node_port_max: u16,
         /// Bits of [`config_flag`].
         pub flags: u32,
-        /// Until this second of the monotonic clock events are written to the ring buffer; somebody who listens moves it
-        /// on, so that events cost nothing when nobody does.
-        pub events_until_s: u32,
+        /// Zero.
+        pub spare: u32,
         /// Lowest port for masquerading, host order.
         pub snat_port_min: u16,
         /// Highest port for masquerading, host order.

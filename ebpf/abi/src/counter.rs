@@ -89,6 +89,8 @@ counters! {
     AnswerFailed = 38, "answer_failed", true;
     /// A program that a packet continues in is missing; the packet was dropped.
     CallMissing = 39, "program_missing", true;
+    /// A packet was dropped silently that would have been answered, for many were answered this second.
+    AnswerLimited = 41, "answer_limited", true;
     /// A translated packet left by XDP, past the stack.
     XdpSent = 70, "xdp_sent", false;
 }

@@ -1,5 +1,5 @@
 //! What the programs tell a listener. Invariant: an event is written whole or not at all, and only while somebody
-//! listens ([`crate::Config::events_until_s`]).
+//! listens ([`crate::map::LISTEN`]).
 
 use crate::Address;
 use crate::layout::plain;

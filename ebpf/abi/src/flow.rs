@@ -69,6 +69,39 @@ plain! {
     }
 }
 
+impl FlowKey {
+    /// Where the tuple's mark is in [`crate::map::MARKS`]; the same for both directions.
+    #[inline(always)]
+    pub const fn mark(&self) -> u32 {
+        let (s, d) = (fold(&self.src), fold(&self.dst));
+        mark_of([s, d], [self.sport, self.dport], self.proto)
+    }
+}
+
+/// The word of an address that marks are made of: an IPv4 address is itself.
+#[inline(always)]
+pub const fn fold(address: &Address) -> u32 {
+    match address.as_v4() {
+        Some(word) => word,
+        None => {
+            let w = &address.words;
+            w[3] ^ w[2].rotate_left(9) ^ w[1].rotate_left(17) ^ w[0].rotate_left(25)
+        }
+    }
+}
+
+/// [`FlowKey::mark`] of a tuple with these folded addresses.
+#[inline(always)]
+pub const fn mark_of(hosts: [u32; 2], ports: [u16; 2], proto: u8) -> u32 {
+    let ([a, b], [p, q]) = (hosts, ports);
+    // Nothing here tells which of two ends is which.
+    let hosts = ((a ^ b) as u64) << 32 | a.wrapping_add(b) as u64;
+    let ports = ((p ^ q) as u64) << 24 | (p as u64 + q as u64) << 8 | proto as u64;
+    let mixed = (hosts ^ ports.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    let mixed = (mixed ^ mixed >> 29).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    (mixed >> 40) as u32 & (crate::map::MARKS_MAX as u32 - 1)
+}
+
 /// Bits of [`Flow::flags`].
 pub mod flow_flag {
     /// The entry is for packets of the backend; without the bit for those of the client.
@@ -83,6 +116,8 @@ pub mod flow_flag {
     pub const FIN_BACKEND: u16 = 1 << 4;
     /// One of both sent RST.
     pub const RESET: u16 = 1 << 5;
+    /// The client's packets go to the backend's node whole, in a header of their own, and nobody answers by this node.
+    pub const TUNNEL: u16 = 1 << 6;
     /// The bits that say how far the connection is, which both of its entries carry.
     pub const STATE: u16 = REPLIED | FIN_CLIENT | FIN_BACKEND | RESET;
 }
@@ -152,6 +187,16 @@ plain! {
         /// IP protocol number.
         pub proto: u32,
     }
+}
+
+/// Elements of the answers map.
+pub mod answer_kind {
+    /// ICMP and ICMPv6 errors, but for those that tell the size of packets.
+    pub const ICMP: u32 = 0;
+    /// TCP resets.
+    pub const RESET: u32 = 1;
+    /// How many there are.
+    pub const COUNT: usize = 2;
 }
 
 /// Places in the map of programs that the traffic control programs continue in.

@@ -22,8 +22,8 @@ pub use config::{Config, config_flag, node_addr_flag};
 pub use counter::{COUNTERS, Counter};
 pub use event::{Event, event_hook, event_kind};
 pub use flow::{
-    Flow, FlowKey, Fragment, FragmentKey, ReverseEntry, ReverseKey, ReverseValue, call, flow_flag,
-    flow_timeout_s,
+    Flow, FlowKey, Fragment, FragmentKey, ReverseEntry, ReverseKey, ReverseValue, answer_kind, call,
+    flow_flag, flow_timeout_s, fold, mark_of,
 };
 pub use layout::Plain;
 pub use net::{
@@ -37,7 +37,7 @@ pub use service::{
 
 /// Version of every layout in this crate. It is part of the pin path, so a change of any layout, map type or map
 /// flag means a new number and never a misread pinned map.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// IPPROTO_TCP (IANA protocol numbers).
 pub const PROTO_TCP: u8 = 6;

@@ -35,6 +35,15 @@ pub const RANGES: &str = "shv_ranges";
 pub const MAGLEV: &str = "shv_maglev";
 /// Ring buffer of [`crate::Event`].
 pub const EVENTS: &str = "shv_events";
+/// Marks of flows: at the place that [`crate::FlowKey::mark`] gives for a tuple, the last second (u32) that a flow with
+/// such a tuple was seen in; 0 for never.
+pub const MARKS: &str = "shv_marks";
+/// Array of one u32: until this second of the monotonic clock events are written to the ring buffer. Who listens moves it
+/// on, so that events cost nothing when nobody does. Nobody else writes it.
+pub const LISTEN: &str = "shv_listen";
+/// Per-CPU array of u64: refusals that were answered, by [`crate::answer_kind`]; the second in the upper half, how many in
+/// it in the lower.
+pub const ANSWERS: &str = "shv_answers";
 
 /// Every pinned map.
 pub const ALL: &[&str] = &[
@@ -55,6 +64,9 @@ pub const ALL: &[&str] = &[
     RANGES,
     MAGLEV,
     EVENTS,
+    MARKS,
+    LISTEN,
+    ANSWERS,
 ];
 
 /// Frontends a family (entries, allocated as they come: a NodePort service takes two).
@@ -81,5 +93,7 @@ pub const MEMBERS_MAX: usize = 262_144;
 pub const RANGES_MAX: usize = 65_536;
 /// Maglev tables (32 KiB each, allocated at once).
 pub const MAGLEV_MAX: usize = 256;
+/// Marks of flows, a power of two (8 bytes each, allocated at once). Several flows may share one.
+pub const MARKS_MAX: usize = 65_536;
 /// Bytes of the ring buffer.
 pub const EVENTS_BYTES: usize = 262_144;

@@ -1,13 +1,14 @@
 //! Answers that are made of the packet they refuse: TCP resets and ICMP errors. Invariant: nothing is answered with
 //! more bytes than came in but for the headers, and never a reset with a reset.
 
+use crate::balance::{Verdict, Work};
 use crate::checksum;
-use crate::env::Packet;
+use crate::env::{Node, Packet, Table};
 use crate::packet::{
     ETHER_IPV4, ETHER_IPV6, ETHER_LEN, Headers, IPV4_LEN, IPV6_LEN, Kind, bytes_of_ports, pair6, parse_apart,
     word,
 };
-use sheave_ebpf_abi::{PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP};
+use sheave_ebpf_abi::{Counter, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, answer_kind};
 
 /// What the sender of a packet is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,21 @@ impl Answer {
     }
 }
 
+/// ICMP errors a second on one processor. What tells a sender the size of packets is always told.
+pub const ICMP_PER_S: u32 = 1_000;
+/// TCP resets a second on one processor.
+pub const RESETS_PER_S: u32 = 10_000;
+
+/// Whether the answer to a packet of `proto` may be made yet in this second; counts it.
+#[inline(always)]
+fn may<E: Node>(env: &E, answer: Answer, proto: u8) -> bool {
+    match answer {
+        Answer::TooBig(_) => true,
+        Answer::Refused if proto == PROTO_TCP => env.answered(answer_kind::RESET) <= RESETS_PER_S,
+        Answer::Refused | Answer::HopLimit => env.answered(answer_kind::ICMP) <= ICMP_PER_S,
+    }
+}
+
 const TTL: u8 = 64;
 const TCP_LEN: u32 = 20;
 const ICMP_LEN: u32 = 8;
@@ -54,10 +70,24 @@ const QUOTE4_MAX: u32 = 576 - IPV4_LEN - ICMP_LEN;
 /// The same for ICMPv6, into 1280 bytes (RFC 4443, section 2.4 c).
 const QUOTE6_MAX: u32 = 1280 - IPV6_LEN - ICMP_LEN;
 
+/// Answers the packet, unless too many were answered this second.
+#[inline(always)]
+pub fn give<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work, answer: Answer) -> Verdict {
+    if !may(env, answer, work.headers.proto) {
+        env.count(Counter::AnswerLimited);
+        return Verdict::Drop;
+    }
+    if make(packet, &mut work.headers, answer) {
+        return Verdict::Reply;
+    }
+    env.count(Counter::AnswerFailed);
+    Verdict::Drop
+}
+
 /// Turns the packet into the answer to itself, to be sent back where it came from. False when it can't be: the packet
 /// is spoilt then.
 #[inline(always)]
-pub fn make<P: Packet>(packet: &mut P, headers: &mut Headers, answer: Answer) -> bool {
+fn make<P: Packet>(packet: &mut P, headers: &mut Headers, answer: Answer) -> bool {
     if !matches!(parse_apart(packet, headers), Kind::Transport | Kind::FirstFragment) {
         return false;
     }

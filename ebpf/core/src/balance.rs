@@ -12,6 +12,7 @@ use crate::env::{Affinities, Claim, Flows, Journey, Node, Packet, Route, Table, 
 use crate::flow;
 use crate::icmp::{self, Quote};
 use crate::packet::{self, ETHER_LEN, Headers, Kind};
+use crate::quick;
 use crate::resolve::{self, Destination};
 use crate::select::{self, Scope};
 use sheave_ebpf_abi::{
@@ -315,7 +316,9 @@ fn frontend<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
         let cluster_ip = found.flags & OUTSIDE == 0;
         return !(cluster_ip && matches!(link, Link::Uplink));
     }
-    if env.node_flags(&headers.dst) & node_addr_flag::NODE_PORTS == 0 {
+    if !resolve::may_be_wildcard(env, headers.dport)
+        || env.node_flags(&headers.dst) & node_addr_flag::NODE_PORTS == 0
+    {
         return false;
     }
     match resolve::node_port_frontend(env, &asked) {
@@ -385,7 +388,8 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
     work.now_s = env.now_s();
     if let Some(old) = env.flow(&work.key) {
         work.flow = old;
-        flow::forget_other(env, work);
+        // Should there be no room for the new one, nothing may be left of it that has no other half.
+        flow::end(env, work);
     }
     let placed = match place(env, work, scope, link) {
         Ok(true) => masquerade(env, work),
@@ -395,6 +399,7 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
     if let Err(counter) = placed {
         return drop(env, work, counter);
     }
+    flow::mark(env, &work.key, work.now_s);
     if !env.replace(&work.key, &work.flow) {
         return drop(env, work, Counter::FlowFull);
     }
@@ -580,6 +585,18 @@ pub fn run<P: Packet, E: Table + Affinities + Flows + Node>(
     side: Side,
     link: Link,
 ) -> Verdict {
+    if quick::passes(packet, env, side) { Verdict::Pass } else { run_long(packet, env, work, side, link) }
+}
+
+/// [`run`] without the short way.
+#[inline(always)]
+pub fn run_long<P: Packet, E: Table + Affinities + Flows + Node>(
+    packet: &mut P,
+    env: &E,
+    work: &mut Work,
+    side: Side,
+    link: Link,
+) -> Verdict {
     let first = match side {
         Side::Ingress => ingress(packet, env, work, link),
         Side::Egress => egress(packet, env, work),
@@ -595,11 +612,7 @@ pub fn run<P: Packet, E: Table + Affinities + Flows + Node>(
     match stage {
         Stage::Done(verdict) => verdict,
         Stage::Icmp => icmp::error(packet, env, work, side),
-        Stage::Answer(answer) if answer::make(packet, &mut work.headers, answer) => Verdict::Reply,
-        Stage::Answer(_) => {
-            env.count(Counter::AnswerFailed);
-            Verdict::Drop
-        }
+        Stage::Answer(answer) => answer::give(packet, env, work, answer),
         // The flow that was written is gone again.
         Stage::Open | Stage::Again => {
             env.count(Counter::FlowFull);

@@ -80,6 +80,10 @@ pub trait Flows {
     fn replace(&self, key: &FlowKey, flow: &Flow) -> bool;
     /// Removes an entry, if there is one.
     fn remove(&self, key: &FlowKey);
+    /// The last second that a flow was seen in whose tuple has its mark at `place`; 0 for never.
+    fn mark(&self, place: u32) -> u32;
+    /// Writes it.
+    fn set_mark(&self, place: u32, now_s: u32);
     /// Ports of a fragmented packet.
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment>;
     /// Remembers the ports of a fragmented packet.
@@ -141,6 +145,8 @@ pub trait Node {
     fn has_socket(&self, key: &FlowKey) -> bool;
     /// Asks the routing table.
     fn route(&self, journey: &Journey) -> Way;
+    /// Counts an answer of a kind (of [`sheave_ebpf_abi::answer_kind`]); gives how many this processor has made this second.
+    fn answered(&self, kind: u32) -> u32;
     /// Tells a listener what became of the packet in `work`: a refusal, or a connection ([`Counter::Opened`]) with what
     /// its flow says of the backend.
     fn tell(&self, work: &Work, reason: Counter);
@@ -169,6 +175,18 @@ pub trait Packet {
             }
             None => false,
         }
+    }
+    /// The first `W` words behind the Ethernet header, as they lie. `None` past the end, or where it would be no quick
+    /// read.
+    #[inline(always)]
+    fn words<const W: usize>(&self) -> Option<[u32; W]> {
+        let mut words = [0; W];
+        let mut at = 0;
+        while at < W {
+            words[at] = u32::from_ne_bytes(self.load::<4>(crate::packet::ETHER_LEN + 4 * at as u32)?);
+            at += 1;
+        }
+        Some(words)
     }
     /// Writes bytes. `sums` tells that no other write of this rewrite makes up for the change in the packet's sum.
     fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], sums: bool) -> bool;

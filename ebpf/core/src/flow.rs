@@ -51,6 +51,22 @@ pub const fn is_closing(flags: u16) -> bool {
     flags & flow_flag::RESET != 0 || flags & BOTH == BOTH
 }
 
+/// Leaves the mark of a tuple that has a flow, or is to have one.
+#[inline(always)]
+pub fn mark<E: Flows>(env: &E, key: &FlowKey, now_s: u32) {
+    env.set_mark(key.mark(), if now_s == 0 { 1 } else { now_s });
+}
+
+/// Whether there may be a flow whose tuple, whichever way, has its mark at `place`.
+#[inline(always)]
+pub fn may_be<E: Flows>(env: &E, place: u32) -> bool {
+    match env.mark(place) {
+        0 => false,
+        // No flow lives longer than one of TCP that nothing is seen of.
+        seen_s => env.now_s().saturating_sub(seen_s) <= flow_timeout_s::TCP_ESTABLISHED,
+    }
+}
+
 /// Whether nothing was seen of the connection for so long that it counts as gone.
 #[inline(always)]
 pub const fn is_expired(flow: &Flow, proto: u8, now_s: u32) -> bool {
@@ -97,10 +113,15 @@ pub const fn is_left(work: &Work) -> bool {
     work.flow.flags & flow_flag::REPLY != 0 && work.headers.is_syn() && is_closing(work.flow.flags)
 }
 
-/// Removes both entries of a connection.
+/// Removes both entries of a connection, but for the other one where that is another connection's by now.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 pub fn end<E: Flows>(env: &E, work: &mut Work) {
-    forget_other(env, work);
+    turn(work);
+    if let Some(held) = env.flow(&work.other_key)
+        && same(&held, &work.other)
+    {
+        env.remove(&work.other_key);
+    }
     env.remove(&work.key);
 }
 
@@ -145,6 +166,8 @@ pub fn note<E: Flows>(env: &E, work: &mut Work) -> bool {
     work.flow.flags |= seen;
     env.touch(&work.key, work.now_s, seen);
     turn(work);
+    mark(env, &work.key, work.now_s);
+    mark(env, &work.other_key, work.now_s);
     match env.touch(&work.other_key, work.now_s, work.flow.flags & flow_flag::STATE) {
         Some(held) => same(&held, &work.other),
         // The LRU may have evicted it.
@@ -159,22 +182,12 @@ pub fn turn(work: &mut Work) {
     work.other = other(&work.key, &work.flow);
 }
 
-/// Removes the other direction's entry of a connection that is to begin anew.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-pub fn forget_other<E: Flows>(env: &E, work: &mut Work) {
-    turn(work);
-    if let Some(held) = env.flow(&work.other_key)
-        && same(&held, &work.other)
-    {
-        env.remove(&work.other_key);
-    }
-}
-
 /// Takes the tuple of the answers of `flow` in `work`. It is ours then: it was free, ours already, or nothing was seen
 /// of its owner for too long.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 pub fn take<E: Flows>(env: &E, work: &mut Work) -> Claim {
     turn(work);
+    mark(env, &work.other_key, work.now_s);
     match env.claim(&work.other_key, &work.other) {
         Claim::Taken => {}
         done => return done,

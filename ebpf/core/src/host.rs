@@ -24,6 +24,8 @@ struct Kernel {
     node: Vec<Address>,
     counters: RefCell<HashMap<Counter, u64>>,
     flows: RefCell<HashMap<FlowKey, Flow>>,
+    marks: RefCell<HashMap<u32, u32>>,
+    answered: RefCell<HashMap<(u32, u32), u32>>,
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     sockets: Vec<FlowKey>,
     config_flags: Cell<u32>,

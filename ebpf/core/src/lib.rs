@@ -13,6 +13,7 @@ pub mod flow;
 pub mod guard;
 pub mod icmp;
 pub mod packet;
+pub mod quick;
 pub mod resolve;
 pub mod reverse;
 pub mod select;

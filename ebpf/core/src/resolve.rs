@@ -56,16 +56,6 @@ pub fn node_port_frontend<T: Table>(table: &T, to: &Destination) -> Option<Front
     }
 }
 
-/// Whether the port, in network order, is in the node's range of NodePorts.
-#[inline(always)]
-pub fn in_node_port_range<T: Table>(table: &T, port: u16) -> bool {
-    let port = u16::from_be(port);
-    match table.config() {
-        Some(config) => config.node_port_min <= port && port <= config.node_port_max,
-        None => false,
-    }
-}
-
 /// The backend behind slot `pick(range, entropy)`; `None` when what was read does not fit together.
 #[inline(always)]
 pub fn backend_of<T: Table>(table: &T, service: u32, range: Range, entropy: u32) -> Option<Backend> {
@@ -150,10 +140,17 @@ fn lookup<T: Table, C: Caller>(table: &T, to: &Destination, caller: &C) -> Optio
 /// The NodePort or hostPort of every address of the node.
 #[inline(always)]
 fn wildcard<T: Table>(table: &T, to: &Destination) -> Option<Frontend> {
-    let config = table.config()?;
-    let port = u16::from_be(to.port);
-    let in_range = config.node_port_min <= port && port <= config.node_port_max;
-    if in_range || config.flags & config_flag::HOST_PORTS != 0 { node_port_frontend(table, to) } else { None }
+    if may_be_wildcard(table, to.port) { node_port_frontend(table, to) } else { None }
+}
+
+/// Whether a frontend of every address of the node may have this port, in network order.
+#[inline(always)]
+pub fn may_be_wildcard<T: Table>(table: &T, port: u16) -> bool {
+    let port = u16::from_be(port);
+    table.config().is_some_and(|config| {
+        let in_range = config.node_port_min <= port && port <= config.node_port_max;
+        in_range || config.flags & config_flag::HOST_PORTS != 0
+    })
 }
 
 /// Whether the caller reaches a frontend of the node by this address.

@@ -1,7 +1,7 @@
-//! What a listener is told. Invariant: as long as nobody listens an event costs one look at the config, and one that
+//! What a listener is told. Invariant: as long as nobody listens an event costs one look at an array, and one that
 //! does not fit into the ring is counted, never waited for.
 
-use crate::maps::{EVENTS, Maps};
+use crate::maps::{self, EVENTS, LISTEN, Maps};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use sheave_ebpf_abi::{Counter, Event};
 use sheave_ebpf_core::env::Table as _;
@@ -12,7 +12,7 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// Writes the event that `make` gives, if somebody listens. Its `time_ns` is filled in here.
 #[inline(always)]
 pub fn tell(make: impl FnOnce() -> Event) {
-    let until_s = Maps.config().map_or(0, |config| config.events_until_s);
+    let until_s = LISTEN.get_ptr(0).map_or(0, maps::copy);
     if until_s == 0 {
         return;
     }

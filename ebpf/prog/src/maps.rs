@@ -11,7 +11,7 @@ use core::ptr::{read_volatile, write_volatile};
 use sheave_ebpf_abi::{
     Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey,
     Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable, MemberKey, Plain, ReverseEntry,
-    ReverseKey, ReverseValue, Slot, call, map,
+    ReverseKey, ReverseValue, Slot, answer_kind, call, map,
 };
 use sheave_ebpf_core::balance::Work;
 use sheave_ebpf_core::env::{Affinities, Table};
@@ -52,6 +52,12 @@ pub static RANGES: LpmTrie<[u32; 5], u32, { map::RANGES_MAX }> = LpmTrie::new();
 pub static MAGLEV: Array<MaglevTable, { map::MAGLEV_MAX }> = Array::new();
 #[btf_map(name = "shv_events")]
 pub static EVENTS: RingBuf<Event, { map::EVENTS_BYTES }> = RingBuf::new();
+#[btf_map(name = "shv_marks")]
+pub static MARKS: Array<u32, { map::MARKS_MAX }> = Array::new();
+#[btf_map(name = "shv_listen")]
+pub static LISTEN: Array<u32, 1> = Array::new();
+#[btf_map(name = "shv_answers")]
+pub static ANSWERS: PerCpuArray<u64, { answer_kind::COUNT }> = PerCpuArray::new();
 
 #[btf_map(name = "shv_work")]
 static WORK: PerCpuArray<[u64; WORK_WORDS], 1> = PerCpuArray::new();

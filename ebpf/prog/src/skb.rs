@@ -2,7 +2,7 @@
 //! works for non-linear buffers and keeps the device's checksum offload right.
 
 use crate::event::tell;
-use crate::maps::{self, FLOWS, FRAGMENTS, Maps, RANGES};
+use crate::maps::{self, ANSWERS, FLOWS, FRAGMENTS, MARKS, Maps, RANGES};
 use aya_ebpf::{
     EbpfContext,
     bindings::{
@@ -24,6 +24,7 @@ use sheave_ebpf_abi::{
     Frontend, Frontend4Key, Frontend6Key, MemberKey, PROTO_TCP, Plain as _, Slot, event_hook, event_kind,
 };
 use sheave_ebpf_core::balance::Work;
+use sheave_ebpf_core::packet::ETHER_LEN;
 use sheave_ebpf_core::env::{Affinities, Claim, Flows, Journey, Node, Packet, Route, Table, Way};
 
 /// EEXIST (asm-generic/errno-base.h).
@@ -150,6 +151,18 @@ impl<C: Hook> Flows for Env<'_, C> {
     fn remove(&self, key: &FlowKey) {
         // One that is gone already is as good.
         let _ = FLOWS.remove(key);
+    }
+
+    #[inline(always)]
+    fn mark(&self, place: u32) -> u32 {
+        MARKS.get_ptr(place).map_or(0, maps::copy)
+    }
+
+    #[inline(always)]
+    fn set_mark(&self, place: u32, now_s: u32) {
+        if let Some(mark) = MARKS.get_ptr_mut(place) {
+            maps::replace(mark, &now_s);
+        }
     }
 
     #[inline(always)]
@@ -285,6 +298,19 @@ impl<C: Hook> Node for Env<'_, C> {
     }
 
     #[inline(always)]
+    fn answered(&self, kind: u32) -> u32 {
+        let Some(held) = ANSWERS.get_ptr_mut(kind) else { return u32::MAX };
+        // SAFETY: the helper takes nothing and cannot fail.
+        let second = unsafe { bpf_ktime_get_ns() } / 1_000_000_000;
+        // SAFETY: the element is this processor's own, and stays until the program ends.
+        unsafe {
+            let so_far = if *held >> 32 == second & 0xffff_ffff { *held & 0xffff_ffff } else { 0 };
+            *held = second << 32 | (so_far + 1);
+            (so_far + 1) as u32
+        }
+    }
+
+    #[inline(always)]
     fn tell(&self, work: &Work, reason: Counter) {
         let hook = if C::EARLY { event_hook::XDP } else { event_hook::TC_INGRESS };
         tell_packet(work, reason, self.ctx.device(), hook);
@@ -314,6 +340,24 @@ fn tell_packet(work: &Work, reason: Counter, device: u32, hook: u8) {
             ..Event::zeroed()
         }
     });
+}
+
+/// The first words behind the Ethernet header of what lies in one piece from `data` to `end`.
+#[inline(always)]
+pub fn words<const W: usize>(data: usize, end: usize) -> Option<[u32; W]> {
+    const { assert!(W <= 16) };
+    if data + (ETHER_LEN as usize) + W * 4 > end {
+        return None;
+    }
+    let mut words = [0; W];
+    let mut at = 0;
+    while at < W {
+        // SAFETY: the words lie before `end`. They need no alignment on this machine: its verifier has checked the access
+        // for the processor that the program becomes code of.
+        words[at] = unsafe { read_volatile((data as *const u32).byte_add(ETHER_LEN as usize + at * 4)) };
+        at += 1;
+    }
+    Some(words)
 }
 
 /// A packet at a traffic control hook.
@@ -362,6 +406,11 @@ impl Packet for Skb<'_> {
     fn read<const N: usize>(&self, offset: u32, into: &mut [u8; N]) -> bool {
         // SAFETY: `into` has room for N bytes.
         unsafe { bpf_skb_load_bytes(self.ctx.as_ptr(), offset, into.as_mut_ptr().cast(), N as u32) == 0 }
+    }
+
+    #[inline(always)]
+    fn words<const W: usize>(&self) -> Option<[u32; W]> {
+        words(self.ctx.data(), self.ctx.data_end())
     }
 
     #[inline(always)]

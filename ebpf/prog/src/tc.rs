@@ -16,7 +16,7 @@ use sheave_ebpf_abi::{Counter, call};
 use sheave_ebpf_core::answer::{self, Answer};
 use sheave_ebpf_core::balance::{self, Link, Side, Stage, Verdict, Work};
 use sheave_ebpf_core::env::{Route, Table as _};
-use sheave_ebpf_core::icmp;
+use sheave_ebpf_core::{icmp, quick};
 
 /// What is carried from program to program in the packet's control block: the device's kind and side, and the answer.
 /// The first word is cleared when the way ends, for a control block is handed on with the packet.
@@ -44,6 +44,9 @@ pub fn shv_pod_ingress(ctx: TcContext) -> i32 {
 
 #[classifier]
 pub fn shv_tc_egress(ctx: TcContext) -> i32 {
+    if quick::passes(&Skb { ctx: &ctx }, &Env { ctx: &ctx }, Side::Egress) {
+        return TC_ACT_UNSPEC;
+    }
     set(&ctx, WORD_WHERE, LEAVING);
     let Some(work) = maps::work() else { return TC_ACT_UNSPEC };
     let stage = balance::egress(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work);
@@ -80,16 +83,16 @@ pub fn shv_tc_icmp(ctx: TcContext) -> i32 {
 pub fn shv_tc_answer(ctx: TcContext) -> i32 {
     let answer = Answer::from_word(get(&ctx, WORD_ANSWER));
     let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
-    if answer::make(&mut Skb { ctx: &ctx }, &mut work.headers, answer) {
-        return code(&ctx, work, Verdict::Reply);
-    }
-    Env { ctx: &ctx }.count(Counter::AnswerFailed);
-    TC_ACT_SHOT as i32
+    let verdict = answer::give(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, answer);
+    code(&ctx, work, verdict)
 }
 
 /// A packet's way begins, or begins again after a flow was written for it.
 #[inline(always)]
 fn ingress(ctx: &TcContext, link: Link, place: u32) -> i32 {
+    if quick::passes(&Skb { ctx }, &Env { ctx }, Side::Ingress) {
+        return TC_ACT_UNSPEC;
+    }
     if get(ctx, WORD_WHERE) != place | OPENED {
         set(ctx, WORD_WHERE, place);
     }

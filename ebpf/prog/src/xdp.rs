@@ -14,8 +14,8 @@ use aya_ebpf::{
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, read_volatile};
 use sheave_ebpf_abi::{Counter, PROTO_TCP, PROTO_UDP};
-use sheave_ebpf_core::balance::{self, Link, Stage, Verdict};
-use sheave_ebpf_core::checksum;
+use sheave_ebpf_core::balance::{self, Link, Side, Stage, Verdict};
+use sheave_ebpf_core::{checksum, quick};
 use sheave_ebpf_core::env::{Packet, Table as _};
 use sheave_ebpf_core::packet::{
     ETHER_IPV4, ETHER_IPV6, ETHER_LEN, IPV4_LEN, IPV6_LEN, TCP_CHECK, UDP_CHECK, address6, pair6, word,
@@ -24,10 +24,10 @@ use sheave_ebpf_core::packet::{
 #[xdp]
 pub fn shv_xdp(ctx: XdpContext) -> u32 {
     let mut frame = Frame { ctx: &ctx };
-    if !is_plain(&frame) {
+    let env = Env { ctx: &ctx };
+    if quick::passes(&frame, &env, Side::Ingress) || !is_plain(&frame) {
         return XDP_PASS;
     }
-    let env = Env { ctx: &ctx };
     let Some(work) = maps::work() else { return XDP_PASS };
     match balance::ingress(&mut frame, &env, work, Link::Uplink) {
         Stage::Done(Verdict::Redirect) => {
@@ -139,6 +139,11 @@ impl Packet for Frame<'_> {
                 _ => None,
             }
         }
+    }
+
+    #[inline(always)]
+    fn words<const W: usize>(&self) -> Option<[u32; W]> {
+        crate::skb::words(self.ctx.data(), self.ctx.data_end())
     }
 
     #[inline(always)]

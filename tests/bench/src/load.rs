@@ -67,7 +67,8 @@ pub(crate) fn run(json: bool) -> Result<()> {
             figures(&mut report, &measured, mode, services);
         }
         for (rival, bar) in [("iptables", iptables_bar(services)), ("nftables", Bar::AtLeast(1.0))] {
-            let cps = |mode| measured.figure(mode, services, "cps");
+            // Each beside direct connections of the same moments.
+            let cps = |mode| measured.figure(mode, services, "ratio_cps_to_direct");
             if let (Some(ours), Some(theirs)) = (cps("ebpf"), cps(rival)) {
                 let params = [("services", json!(services)), ("through", json!("last"))];
                 report.add(&format!("cps_ebpf_to_{rival}"), ours / theirs, "x", bar, &params);
@@ -108,6 +109,7 @@ fn figures(report: &mut Report, measured: &Run, mode: &str, services: u64) {
         ("ratio_connect_p99_to_direct", "x"),
         ("ratio_connect_p50_to_direct_beside", "x"),
         ("ratio_direct_beside_p50", "x"),
+        ("ratio_control_p50", "x"),
         ("cps", "1/s"),
         ("rtt_p50_us", "us"),
         ("udp_p50_us", "us"),

@@ -6,7 +6,7 @@ use super::{encode, sys, versioned};
 use crate::dataplane::DataplaneError;
 use crate::limits;
 use aya::maps::{Map as AyaMap, MapData, RingBuf};
-use sheave_ebpf_abi::{COUNTERS, Config, Counter, Event, Plain as _, event_hook, event_kind, map as names};
+use sheave_ebpf_abi::{COUNTERS, Counter, Event, Plain as _, event_hook, event_kind, map as names};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
@@ -93,7 +93,7 @@ fn words(event: &Event) -> Seen {
 /// A listener; there must be one at a time, since what one reads no other sees.
 pub struct Listener {
     ring: RingBuf<MapData>,
-    config: Map<u32, Config>,
+    listen: Map<u32, u32>,
     counters: Counters,
     lost_before: u64,
 }
@@ -117,7 +117,7 @@ impl Listener {
         let data = MapData::from_pin(&path).map_err(failed)?;
         let ring = AyaMap::from_map_data(data).and_then(RingBuf::try_from).map_err(failed)?;
         let counters = Counters::open(&dir)?;
-        let mut listener = Self { ring, config: Map::open(&dir, names::CONFIG)?, counters, lost_before: 0 };
+        let mut listener = Self { ring, listen: Map::open(&dir, names::LISTEN)?, counters, lost_before: 0 };
         while listener.ring.next().is_some() {}
         listener.lost_before = listener.lost_ever()?;
         listener.keep_on()?;
@@ -126,15 +126,12 @@ impl Listener {
 
     /// Lets the programs write events for another while. To be called once a second.
     pub fn keep_on(&self) -> Result<(), DataplaneError> {
-        let Some(held) = self.config.get(&0)? else { return Ok(()) };
-        let until_s = sys::monotonic_s().saturating_add(limits::EVENTS_PERMISSION_S);
-        self.config.put(&0, &Config { events_until_s: until_s.max(held.events_until_s), ..held })
+        self.listen.put(&0, &sys::monotonic_s().saturating_add(limits::EVENTS_PERMISSION_S))
     }
 
     /// Takes the permission back.
     pub fn stop(&self) -> Result<(), DataplaneError> {
-        let Some(held) = self.config.get(&0)? else { return Ok(()) };
-        self.config.put(&0, &Config { events_until_s: 0, ..held })
+        self.listen.put(&0, &0)
     }
 
     /// The next event, if there is one.

@@ -155,9 +155,11 @@ impl Maps {
     }
 }
 
-/// Whether the frontend is a hostPort of every address of the node.
-fn is_host_port(key: &FrontendKey, entry: &FrontendEntry) -> bool {
-    entry.policy.kind == FrontendKind::HostPort && key.addr.is_unspecified()
+/// Whether the frontend has every address of the node and a port beyond the range of NodePorts, which the programs look at
+/// only when told.
+fn is_beyond_range(key: &FrontendKey, entry: &FrontendEntry, (min, max): (u16, u16)) -> bool {
+    let every_address = matches!(entry.policy.kind, FrontendKind::HostPort | FrontendKind::NodePort);
+    every_address && key.addr.is_unspecified() && !(min..=max).contains(&key.port)
 }
 
 /// Programs, maps and links of one node.
@@ -172,8 +174,8 @@ pub struct EbpfDataplane {
     node_addresses: BTreeSet<IpAddr>,
     /// Their flags are of these settings.
     told_addresses: bool,
-    /// Frontends of every address of the node that are hostPorts.
-    host_ports: BTreeSet<FrontendKey>,
+    /// Frontends of every address of the node with ports beyond the range of NodePorts.
+    beyond_range: BTreeSet<FrontendKey>,
     sockets: sockets::Ender,
     /// What another agent left undone was looked for, and ports were reserved.
     prepared: bool,
@@ -207,7 +209,7 @@ impl EbpfDataplane {
             object,
             node_addresses,
             told_addresses: false,
-            host_ports: BTreeSet::new(),
+            beyond_range: BTreeSet::new(),
             sockets,
             prepared: false,
         };
@@ -258,7 +260,7 @@ impl EbpfDataplane {
             node_port_min,
             node_port_max,
             flags: node::config_flags(config) | self.config()?.flags & config_flag::HOST_PORTS,
-            events_until_s: self.config()?.events_until_s,
+            spare: 0,
             snat_port_min: limits::SNAT_PORTS.0,
             snat_port_max: limits::SNAT_PORTS.1,
             node4: address(true),
@@ -284,16 +286,16 @@ impl EbpfDataplane {
         self.dir.join(LINKS).join(hook)
     }
 
-    /// Takes note of hostPorts, and tells the programs when there are some, before they are written, or none any more,
+    /// Takes note of ports beyond the range, and tells the programs when there are some, before they are written, or none any more,
     /// after they were deleted.
-    fn note_host_ports(&mut self, host_ports: BTreeSet<FrontendKey>) -> Result<(), DataplaneError> {
+    fn note_beyond_range(&mut self, beyond_range: BTreeSet<FrontendKey>) -> Result<(), DataplaneError> {
         let held = self.config()?;
         let without = held.flags & !config_flag::HOST_PORTS;
-        let flags = if host_ports.is_empty() { without } else { held.flags | config_flag::HOST_PORTS };
+        let flags = if beyond_range.is_empty() { without } else { held.flags | config_flag::HOST_PORTS };
         if flags != held.flags {
             self.maps.config.put(&0, &Config { flags, ..held })?;
         }
-        self.host_ports = host_ports;
+        self.beyond_range = beyond_range;
         Ok(())
     }
 
@@ -374,28 +376,38 @@ impl Dataplane for EbpfDataplane {
 
     fn observe(&mut self) -> Result<Observed, DataplaneError> {
         let observed = self.maps.observe()?;
-        let held = observed.frontends.iter().filter(|(key, entry)| is_host_port(key, entry));
-        self.note_host_ports(held.map(|(key, _)| *key).collect())?;
+        let range = self.settings.node_port_range;
+        let held = observed.frontends.iter().filter(|(key, entry)| is_beyond_range(key, entry, range));
+        self.note_beyond_range(held.map(|(key, _)| *key).collect())?;
         Ok(observed)
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), DataplaneError> {
-        let mut host_ports = self.host_ports.clone();
-        host_ports.extend(
-            changes.put_frontends.iter().filter(|(key, entry)| is_host_port(key, entry)).map(|(key, _)| *key),
+        let range = self.settings.node_port_range;
+        let mut beyond_range = self.beyond_range.clone();
+        beyond_range.extend(
+            changes
+                .put_frontends
+                .iter()
+                .filter(|(key, entry)| is_beyond_range(key, entry, range))
+                .map(|(key, _)| *key),
         );
-        if host_ports.len() != self.host_ports.len() {
-            self.note_host_ports(host_ports.clone())?;
+        if beyond_range.len() != self.beyond_range.len() {
+            self.note_beyond_range(beyond_range.clone())?;
         }
         self.maps.apply(changes)?;
         flows::forget(&self.maps.flows, &changes.lost)?;
         self.sockets.end(&changes.lost);
         let is_gone = |key: &FrontendKey| {
             changes.delete_frontends.contains(key)
-                || changes.put_frontends.get(key).is_some_and(|entry| !is_host_port(key, entry))
+                || changes.put_frontends.get(key).is_some_and(|entry| !is_beyond_range(key, entry, range))
         };
-        host_ports.retain(|key| !is_gone(key));
-        if host_ports.len() != self.host_ports.len() { self.note_host_ports(host_ports) } else { Ok(()) }
+        beyond_range.retain(|key| !is_gone(key));
+        if beyond_range.len() != self.beyond_range.len() {
+            self.note_beyond_range(beyond_range)
+        } else {
+            Ok(())
+        }
     }
 
     fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<(), DataplaneError> {

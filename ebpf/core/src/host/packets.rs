@@ -5,6 +5,7 @@ use crate::balance::{self, Link, Side, Verdict, Work};
 use crate::checksum;
 use crate::env::{Claim, Flows, Journey, Node, Packet, Route, Way};
 use crate::golden::{self, Frame, Hook, L4, Out, PLACES, Place};
+use crate::quick;
 use sheave_ebpf_abi::*;
 use std::vec::Vec;
 
@@ -33,6 +34,12 @@ impl Flows for Kernel {
     }
     fn remove(&self, key: &FlowKey) {
         self.flows.borrow_mut().remove(key);
+    }
+    fn mark(&self, place: u32) -> u32 {
+        self.marks.borrow().get(&place).copied().unwrap_or(0)
+    }
+    fn set_mark(&self, place: u32, now_s: u32) {
+        self.marks.borrow_mut().insert(place, now_s);
     }
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
         self.fragments.borrow().get(key).copied()
@@ -64,6 +71,12 @@ impl Node for Kernel {
             return Way::TooBig(golden::REMOTE_MTU);
         }
         Way::To(Route { device: 7, next_hop: journey.dst, link: [0; 12], has_link: false })
+    }
+    fn answered(&self, kind: u32) -> u32 {
+        let mut answered = self.answered.borrow_mut();
+        let held = answered.entry((kind, self.now_s.get())).or_default();
+        *held += 1;
+        *held
     }
     fn tell(&self, work: &Work, reason: Counter) {
         self.told.borrow_mut().push((reason, work.flow.dst));
@@ -160,12 +173,86 @@ fn run(kernel: &Kernel, hook: Hook, input: &[u8]) -> Out {
         Hook::PodIngress => (Side::Ingress, Link::Pod),
         Hook::Egress => (Side::Egress, Link::Uplink),
     };
-    match balance::run(&mut packet, kernel, &mut Work::new(), side, link) {
+    let short = quick::passes(&packet, kernel, side);
+    let traces = || (kernel.flows.borrow().clone(), kernel.counters.borrow().clone());
+    let before = short.then(traces);
+    let out = match balance::run_long(&mut packet, kernel, &mut Work::new(), side, link) {
         Verdict::Pass => Out::Pass(packet.0),
         Verdict::Drop => Out::Drop,
         Verdict::Redirect => Out::Redirect(packet.0),
         Verdict::Reply => Out::Reply(packet.0),
+    };
+    if let Some(before) = before {
+        assert_eq!(out, Out::Pass(input.to_vec()), "what passes at a glance");
+        assert!(traces() == before, "what passes at a glance leaves no trace");
     }
+    out
+}
+
+#[test]
+fn what_concerns_no_service_is_seen_at_a_glance() {
+    let kernel = golden_kernel();
+    for place in &PLACES {
+        for l4 in [L4::Tcp(golden::SYN), L4::Tcp(golden::ACK), L4::Udp] {
+            let passes = |kernel: &Kernel, from: (&str, u16), to: (&str, u16), side| {
+                quick::passes(&Bytes(Frame::new(from, to, l4).bytes()), kernel, side)
+            };
+            let (client, pod) = ((place.client, 7), (place.pod, golden::PORT_POD));
+            for side in [Side::Ingress, Side::Egress] {
+                assert!(passes(&kernel, client, pod, side));
+                assert!(passes(&kernel, client, (place.node, 22), side));
+            }
+            assert!(!passes(&kernel, client, (place.node, golden::PORT_LOCAL), Side::Ingress));
+            assert!(!passes(&kernel, client, (place.cluster_ip, golden::PORT_SERVICE), Side::Ingress));
+            assert!(!passes(&kernel, client, (place.balancer, golden::PORT_SERVICE), Side::Ingress));
+        }
+        // A flow is seen from all of its tuples, and for as long as it may live.
+        let l4 = L4::Tcp(golden::SYN);
+        send(&kernel, (place.client, 9), (place.node, golden::PORT_LOCAL), l4);
+        let answer = Bytes(Frame::new((place.pod, golden::PORT_POD), (place.client, 9), l4).bytes());
+        assert!(!quick::passes(&answer, &kernel, Side::Egress));
+        kernel.now_s.set(kernel.now_s.get() + flow_timeout_s::TCP_ESTABLISHED);
+        assert!(!quick::passes(&answer, &kernel, Side::Egress));
+        kernel.now_s.set(kernel.now_s.get() + 2);
+        assert!(quick::passes(&answer, &kernel, Side::Egress));
+    }
+}
+
+#[test]
+fn marks_of_both_directions_are_one_and_spread() {
+    let mut places = std::collections::HashSet::new();
+    for n in 0..1000_u16 {
+        let key = FlowKey {
+            src: address("10.244.0.5"),
+            dst: address(&std::format!("198.51.100.{}", n % 5)),
+            sport: 8080_u16.to_be(),
+            dport: (40_000 + n).to_be(),
+            proto: PROTO_TCP,
+            pad: [0; 3],
+        };
+        let back = FlowKey { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, ..key };
+        assert_eq!(key.mark(), back.mark());
+        assert!((key.mark() as usize) < map::MARKS_MAX);
+        places.insert(key.mark());
+    }
+    assert!(places.len() > 980, "{}", places.len());
+}
+
+#[test]
+fn refusals_are_limited_and_sizes_are_always_told() {
+    let kernel = golden_kernel();
+    let there = |l4| send(&kernel, (V4.client, 7), (V4.node, golden::PORT_EMPTY), l4);
+    for _ in 0..crate::answer::ICMP_PER_S {
+        assert!(matches!(there(L4::Udp), Out::Reply(_)));
+    }
+    assert_eq!(there(L4::Udp), Out::Drop);
+    assert_eq!(kernel.counted(Counter::AnswerLimited), 1);
+    assert!(matches!(there(L4::Tcp(golden::SYN)), Out::Reply(_)), "a budget of their own");
+    let large =
+        Frame { more: Some(1300), ..Frame::new((V4.client, 8), (V4.node, golden::PORT_REMOTE), L4::Udp) };
+    assert!(matches!(run(&kernel, Hook::Ingress, &large.bytes()), Out::Reply(_)));
+    kernel.now_s.set(1);
+    assert!(matches!(there(L4::Udp), Out::Reply(_)));
 }
 
 #[test]

@@ -38,6 +38,8 @@ pub(crate) struct Kernel {
     pub(crate) node: Vec<Address>,
     pub(crate) flags: u32,
     pub(crate) flows: RefCell<HashMap<FlowKey, Flow>>,
+    pub(crate) marks: RefCell<HashMap<u32, u32>>,
+    pub(crate) answered: RefCell<HashMap<(u32, u32), u32>>,
     pub(crate) fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     pub(crate) affinities: RefCell<HashMap<AffinityKey, Affinity>>,
     pub(crate) counters: RefCell<BTreeMap<Counter, u64>>,
@@ -156,6 +158,12 @@ impl Flows for Kernel {
     fn remove(&self, key: &FlowKey) {
         self.flows.borrow_mut().remove(key);
     }
+    fn mark(&self, place: u32) -> u32 {
+        self.marks.borrow().get(&place).copied().unwrap_or(0)
+    }
+    fn set_mark(&self, place: u32, now_s: u32) {
+        self.marks.borrow_mut().insert(place, now_s);
+    }
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
         self.fragments.borrow().get(key).copied()
     }
@@ -185,6 +193,12 @@ impl Node for Kernel {
                 has_link: n.is_multiple_of(2),
             }),
         }
+    }
+    fn answered(&self, kind: u32) -> u32 {
+        let mut answered = self.answered.borrow_mut();
+        let held = answered.entry((kind, self.now_s)).or_default();
+        *held += 1;
+        *held
     }
     fn tell(&self, _: &Work, _: Counter) {}
 }
