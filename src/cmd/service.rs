@@ -1,5 +1,6 @@
 //! `sheave service list` and `get`: what the kernel's maps hold, with or without a running agent.
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 
@@ -18,13 +19,26 @@ pub(super) fn list(base: &BaseFlags, output: Output) -> Result<()> {
     let paths = super::paths(base)?;
     super::needs_ebpf(&paths)?;
     let rows = dataplane::list(&paths.pin_dir)?;
+    let known = known(base);
+    let name = |row: &ServiceRow| {
+        known.get(&FrontendKey { addr: row.address, port: row.port, proto: row.proto }).map(String::as_str)
+    };
     let mut out = std::io::stdout();
     match output {
-        Output::Json => writeln!(out, "{}", rows.iter().map(as_json).collect::<Value>())?,
+        Output::Json => {
+            let named = rows.iter().map(|row| {
+                let mut object = as_json(row);
+                object["service"] = json!(name(row));
+                object
+            });
+            writeln!(out, "{}", named.collect::<Value>())?;
+        }
         Output::Table => {
-            let mut table = Table::new(&["FRONTEND", "PROTOCOL", "KIND", "POLICY", "ID", "BACKENDS"]);
+            let mut table =
+                Table::new(&["SERVICE", "FRONTEND", "PROTOCOL", "KIND", "POLICY", "ID", "BACKENDS"]);
             for row in &rows {
                 table.row([
+                    name(row).unwrap_or("-").to_owned(),
                     SocketAddr::new(row.address, row.port).to_string(),
                     row.proto.name().to_owned(),
                     row.kind.to_owned(),
@@ -37,6 +51,12 @@ pub(super) fn list(base: &BaseFlags, output: Output) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Names of services, where the API server tells them: the kernel's maps have numbers only.
+fn known(base: &BaseFlags) -> HashMap<FrontendKey, String> {
+    let asked = super::kubeconfig(base, None).and_then(|path| super::runtime()?.block_on(names::all(&path)));
+    asked.unwrap_or_default()
 }
 
 pub(super) fn get(flags: &ServiceGetFlags) -> Result<()> {

@@ -37,6 +37,19 @@ impl Address {
         }
     }
 
+    /// The bit of the address's network in [`crate::map::NETS`]: of its first 16 bits where it is IPv4, else of a hash of its
+    /// first 64.
+    #[inline(always)]
+    pub const fn net(&self) -> u32 {
+        match self.as_v4() {
+            Some(word) => u32::from_be(word) >> 16,
+            None => {
+                let upper = (self.words[0] as u64) << 32 | self.words[1] as u64;
+                crate::map::NETS_V4 + (upper.wrapping_mul(0xff51_afd7_ed55_8ccd) >> 48) as u32
+            }
+        }
+    }
+
     /// Whether the address is `0.0.0.0` or `::`.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {

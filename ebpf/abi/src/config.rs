@@ -30,8 +30,10 @@ plain! {
         pub node_port_max: u16,
         /// Bits of [`config_flag`].
         pub flags: u32,
-        /// Zero.
-        pub spare: u32,
+        /// Lowest port that the kernel gives to sockets which ask for none, host order.
+        pub local_port_min: u16,
+        /// Highest one; 0 when it is not known.
+        pub local_port_max: u16,
         /// Lowest port for masquerading, host order.
         pub snat_port_min: u16,
         /// Highest port for masquerading, host order.

@@ -70,11 +70,10 @@ plain! {
 }
 
 impl FlowKey {
-    /// Where the tuple's mark is in [`crate::map::MARKS`]; the same for both directions.
+    /// Where the mark of the tuple's hosts is in [`crate::map::MARKS`]; the same for both directions.
     #[inline(always)]
     pub const fn mark(&self) -> u32 {
-        let (s, d) = (fold(&self.src), fold(&self.dst));
-        mark_of([s, d], [self.sport, self.dport], self.proto)
+        mark_of([fold(&self.src), fold(&self.dst)])
     }
 }
 
@@ -90,14 +89,14 @@ pub const fn fold(address: &Address) -> u32 {
     }
 }
 
-/// [`FlowKey::mark`] of a tuple with these folded addresses.
+/// [`FlowKey::mark`] of a tuple with these folded addresses. Ports don't count: a mark that was looked at for one connection
+/// of two hosts is near at hand for the next one.
 #[inline(always)]
-pub const fn mark_of(hosts: [u32; 2], ports: [u16; 2], proto: u8) -> u32 {
-    let ([a, b], [p, q]) = (hosts, ports);
+pub const fn mark_of(hosts: [u32; 2]) -> u32 {
+    let [a, b] = hosts;
     // Nothing here tells which of two ends is which.
     let hosts = ((a ^ b) as u64) << 32 | a.wrapping_add(b) as u64;
-    let ports = ((p ^ q) as u64) << 24 | (p as u64 + q as u64) << 8 | proto as u64;
-    let mixed = (hosts ^ ports.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    let mixed = hosts.wrapping_mul(0xff51_afd7_ed55_8ccd);
     let mixed = (mixed ^ mixed >> 29).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
     (mixed >> 40) as u32 & (crate::map::MARKS_MAX as u32 - 1)
 }

@@ -35,8 +35,11 @@ pub const RANGES: &str = "shv_ranges";
 pub const MAGLEV: &str = "shv_maglev";
 /// Ring buffer of [`crate::Event`].
 pub const EVENTS: &str = "shv_events";
-/// Marks of flows: at the place that [`crate::FlowKey::mark`] gives for a tuple, the last second (u32) that a flow with
-/// such a tuple was seen in; 0 for never.
+/// Array of u64: a bit ([`crate::Address::net`]) for each network that may have an address of a frontend. One bit stands for
+/// many networks, and may stay when the last frontend is gone.
+pub const NETS: &str = "shv_nets";
+/// Marks of flows: at the place that [`crate::FlowKey::mark`] gives for a tuple, the last second (u32) that a flow between
+/// such hosts was seen in; 0 for never.
 pub const MARKS: &str = "shv_marks";
 /// Array of one u32: until this second of the monotonic clock events are written to the ring buffer. Who listens moves it
 /// on, so that events cost nothing when nobody does. Nobody else writes it.
@@ -64,6 +67,7 @@ pub const ALL: &[&str] = &[
     RANGES,
     MAGLEV,
     EVENTS,
+    NETS,
     MARKS,
     LISTEN,
     ANSWERS,
@@ -93,6 +97,10 @@ pub const MEMBERS_MAX: usize = 262_144;
 pub const RANGES_MAX: usize = 65_536;
 /// Maglev tables (32 KiB each, allocated at once).
 pub const MAGLEV_MAX: usize = 256;
+/// Bits of IPv4 networks.
+pub const NETS_V4: u32 = 1 << 16;
+/// Words of bits of networks of both families.
+pub const NETS_WORDS: usize = 2 * (NETS_V4 as usize) / 64;
 /// Marks of flows, a power of two (8 bytes each, allocated at once). Several flows may share one.
 pub const MARKS_MAX: usize = 65_536;
 /// Bytes of the ring buffer.

@@ -534,6 +534,9 @@ fn masquerade<E: Table + Flows + Node>(env: &E, work: &mut Work) -> Result<(), C
         if attempt != 0 {
             seed = select::mix(u64::from(seed) << 8 | u64::from(attempt));
             work.flow.sport = port(&config, attempt, seed);
+        } else if is_local(&config, work.flow.sport) {
+            // The kernel may give it to a socket at any time.
+            work.flow.sport = 0;
         }
         attempt += 1;
         flow::turn(work);
@@ -547,6 +550,13 @@ fn masquerade<E: Table + Flows + Node>(env: &E, work: &mut Work) -> Result<(), C
         }
     }
     Err(Counter::PortsExhausted)
+}
+
+/// Whether the port, in network order, is one that the kernel gives to this node's sockets.
+#[inline(always)]
+fn is_local(config: &Config, port: u16) -> bool {
+    let port = u16::from_be(port);
+    config.local_port_min <= port && port <= config.local_port_max
 }
 
 /// A port for masquerading in network order; 0 when the range is empty.

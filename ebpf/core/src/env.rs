@@ -9,6 +9,8 @@ use sheave_ebpf_abi::{
 
 /// The service table as a program reads it. Every getter returns a copy that was read once.
 pub trait Table {
+    /// Whether a frontend may have an address of this network ([`Address::net`]).
+    fn serves_net(&self, net: u32) -> bool;
     /// The frontend of an IPv4 destination.
     fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend>;
     /// The frontend of an IPv6 destination.

@@ -51,13 +51,13 @@ pub const fn is_closing(flags: u16) -> bool {
     flags & flow_flag::RESET != 0 || flags & BOTH == BOTH
 }
 
-/// Leaves the mark of a tuple that has a flow, or is to have one.
+/// Leaves the mark of the hosts of a tuple that has a flow, or is to have one.
 #[inline(always)]
 pub fn mark<E: Flows>(env: &E, key: &FlowKey, now_s: u32) {
     env.set_mark(key.mark(), if now_s == 0 { 1 } else { now_s });
 }
 
-/// Whether there may be a flow whose tuple, whichever way, has its mark at `place`.
+/// Whether there may be a flow between hosts that have their mark at `place`.
 #[inline(always)]
 pub fn may_be<E: Flows>(env: &E, place: u32) -> bool {
     match env.mark(place) {

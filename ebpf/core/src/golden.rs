@@ -405,9 +405,9 @@ fn reversed(frame: Frame) -> Frame {
 fn local(p: &Place) -> Vec<Step> {
     use Hook::{Egress, Ingress};
     let mut steps = Vec::new();
-    let mut kinds = std::vec![("tcp", L4::Tcp(SYN), 40_000), ("udp", L4::Udp, 40_001)];
+    let mut kinds = std::vec![("tcp", L4::Tcp(SYN), 20_000), ("udp", L4::Udp, 20_001)];
     if p.v4() {
-        kinds.push(("udp without checksum", L4::UdpNoSum, 40_002));
+        kinds.push(("udp without checksum", L4::UdpNoSum, 20_002));
     }
     for (name, l4, port) in kinds {
         let there = Frame::new((p.client, port), (p.node, PORT_LOCAL), l4);
@@ -431,7 +431,7 @@ fn local(p: &Place) -> Vec<Step> {
 fn remote(p: &Place) -> Vec<Step> {
     use Hook::Ingress;
     let mut steps = Vec::new();
-    for (l4, port) in [(L4::Tcp(SYN), 40_010), (L4::Udp, 40_011)] {
+    for (l4, port) in [(L4::Tcp(SYN), 20_010), (L4::Udp, 20_011)] {
         let there = Frame::new((p.client, port), (p.node, PORT_REMOTE), l4);
         let nat = Frame::new((p.node, port), (p.remote, PORT_POD), l4);
         steps.push(redirect("remote", Ingress, there, nat));
@@ -462,7 +462,7 @@ fn answered(name: &'static str, frame: Frame, what: [u8; 2], word: u32) -> Step 
 fn pods(p: &Place) -> Vec<Step> {
     use Hook::{Egress, PodIngress};
     let mut steps = Vec::new();
-    for (l4, port) in [(L4::Tcp(SYN), 40_020), (L4::Udp, 40_021)] {
+    for (l4, port) in [(L4::Tcp(SYN), 20_020), (L4::Udp, 20_021)] {
         let there = Frame::new((p.other_pod, port), (p.cluster_ip, PORT_SERVICE), l4);
         let dnat = Frame::new((p.other_pod, port), (p.pod, PORT_POD), l4);
         steps.push(pass("pod to pod", PodIngress, there, dnat));
@@ -554,15 +554,15 @@ fn fragments(p: &Place) -> Vec<Step> {
     let mut steps = Vec::new();
     let first = |frame| Frame { fragment: MORE, ..frame };
     let later = |frame| Frame { fragment: 4, l4: L4::Rest(17), ..frame };
-    let there = Frame::new((p.client, 40_001), (p.node, PORT_LOCAL), L4::Udp);
-    let dnat = Frame::new((p.client, 40_001), (p.pod, PORT_POD), L4::Udp);
+    let there = Frame::new((p.client, 20_001), (p.node, PORT_LOCAL), L4::Udp);
+    let dnat = Frame::new((p.client, 20_001), (p.pod, PORT_POD), L4::Udp);
     steps.push(pass("later fragment first", Ingress, later(there), later(there)));
     steps.push(pass("first fragment", Ingress, first(there), first(dnat)));
     steps.push(pass("later fragment", Ingress, later(there), later(dnat)));
     steps.push(pass("first fragment", Egress, first(reversed(dnat)), first(reversed(there))));
     steps.push(pass("later fragment", Egress, later(reversed(dnat)), later(reversed(there))));
-    let there = Frame::new((p.client, 40_011), (p.node, PORT_REMOTE), L4::Udp);
-    let nat = Frame::new((p.node, 40_011), (p.remote, PORT_POD), L4::Udp);
+    let there = Frame::new((p.client, 20_011), (p.node, PORT_REMOTE), L4::Udp);
+    let nat = Frame::new((p.node, 20_011), (p.remote, PORT_POD), L4::Udp);
     steps.push(redirect("first fragment", Ingress, first(there), first(nat)));
     steps.push(redirect("later fragment", Ingress, later(there), later(nat)));
     let with = |frame| Frame { options: 1, ..frame };
@@ -588,7 +588,7 @@ fn errors_kept(p: &Place) -> Vec<Step> {
     let mut push = |name, hook, input: Icmp, output: Icmp| {
         steps.push(Step { name, hook, input: input.bytes(), output: Out::Pass(output.bytes()) });
     };
-    for (l4, port) in [(L4::Tcp(ACK), 40_000), (L4::Udp, 40_001)] {
+    for (l4, port) in [(L4::Tcp(ACK), 20_000), (L4::Udp, 20_001)] {
         let there = Frame::new((p.client, port), (p.node, PORT_LOCAL), l4);
         let dnat = Frame::new((p.client, port), (p.pod, PORT_POD), l4);
         let (client, node, pod) = (there.src.0, there.dst.0, dnat.dst.0);
@@ -633,7 +633,7 @@ fn errors_masqueraded(p: &Place) -> Vec<Step> {
     let mut steps = Vec::new();
     let what = if p.v4() { [3, 3] } else { [1, 4] };
     let big = if p.v4() { [3, 4] } else { [2, 0] };
-    for (l4, port) in [(L4::Tcp(ACK), 40_010), (L4::Udp, 40_011)] {
+    for (l4, port) in [(L4::Tcp(ACK), 20_010), (L4::Udp, 20_011)] {
         let there = Frame::new((p.client, port), (p.node, PORT_REMOTE), l4);
         let nat = Frame::new((p.node, port), (p.remote, PORT_POD), l4);
         let (client, node, remote) = (there.src.0, there.dst.0, nat.dst.0);
@@ -668,12 +668,12 @@ fn endings(p: &Place) -> Vec<Step> {
     use Hook::{Egress, Ingress};
     let mut steps = Vec::new();
     // The client's port towards the endpoint is taken by another address of a service: a port of the node's instead.
-    let again = Frame::new((p.client, 40_001), (p.node, PORT_SAME_POD), L4::Udp);
-    let nat = Frame::new((p.node, 40_001), (p.pod, PORT_POD), L4::Udp);
+    let again = Frame::new((p.client, 20_001), (p.node, PORT_SAME_POD), L4::Udp);
+    let nat = Frame::new((p.node, 20_001), (p.pod, PORT_POD), L4::Udp);
     steps.push(redirect("tuple in use", Ingress, again, nat));
     steps.push(redirect("tuple in use", Hook::PodIngress, reversed(nat), reversed(again)));
-    let there = |flags| Frame::new((p.client, 40_000), (p.node, PORT_LOCAL), L4::Tcp(flags));
-    let dnat = |flags| Frame::new((p.client, 40_000), (p.pod, PORT_POD), L4::Tcp(flags));
+    let there = |flags| Frame::new((p.client, 20_000), (p.node, PORT_LOCAL), L4::Tcp(flags));
+    let dnat = |flags| Frame::new((p.client, 20_000), (p.pod, PORT_POD), L4::Tcp(flags));
     let turn = |frame: Frame| Frame { l4: frame.l4, ..reversed(frame) };
     steps.push(pass("fin", Ingress, there(FIN_ACK), dnat(FIN_ACK)));
     let fin = |frame| Frame { l4: L4::Tcp(FIN_ACK), ..turn(frame) };
@@ -698,8 +698,8 @@ fn endings(p: &Place) -> Vec<Step> {
     steps.push(pass("past the service meanwhile", Ingress, dnat(SYN), dnat(SYN)));
     steps.push(pass("a connection that has not ended", Egress, turn(dnat(SYN)), turn(there(SYN))));
     // This node itself uses the port that a masqueraded connection had.
-    let there = |flags| Frame::new((p.client, 40_010), (p.node, PORT_REMOTE), L4::Tcp(flags));
-    let nat = |flags| Frame::new((p.node, 40_010), (p.remote, PORT_POD), L4::Tcp(flags));
+    let there = |flags| Frame::new((p.client, 20_010), (p.node, PORT_REMOTE), L4::Tcp(flags));
+    let nat = |flags| Frame::new((p.node, 20_010), (p.remote, PORT_POD), L4::Tcp(flags));
     steps.push(redirect("fin", Ingress, there(FIN_ACK), nat(FIN_ACK)));
     steps.push(redirect("fin", Ingress, fin(nat(ACK)), fin(there(ACK))));
     steps.push(pass("this node's own after the end", Ingress, turn(nat(SYN)), turn(nat(SYN))));

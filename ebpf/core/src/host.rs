@@ -132,6 +132,10 @@ impl Affinities for Kernel {
 }
 
 impl Table for Kernel {
+    fn serves_net(&self, net: u32) -> bool {
+        self.frontends4.keys().any(|key| Address::v4(key.addr).net() == net)
+            || self.frontends6.keys().any(|key| Address::v6(key.addr).net() == net)
+    }
     fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
         let mut flips = self.flips.borrow_mut();
         if let Some(at) = flips.iter().position(|(k, _)| k == key) {
@@ -163,6 +167,8 @@ impl Table for Kernel {
             flags: config_flag::LOOPBACK_NODE_PORTS | self.config_flags.get(),
             node4: address(golden::PLACES[0].node),
             node6: address(golden::PLACES[1].node),
+            local_port_min: 32_768,
+            local_port_max: 60_999,
             snat_port_min: 61_000,
             snat_port_max: 61_003,
             snat_more_min: 10_000,

@@ -5,13 +5,11 @@ use crate::balance::Side;
 use crate::env::{Flows, Packet, Table};
 use crate::flow;
 use crate::packet::{ETHER_IPV4, ETHER_IPV6};
-use crate::resolve;
-use sheave_ebpf_abi::{
-    Address, Frontend4Key, Frontend6Key, PROTO_TCP, PROTO_UDP, fold, mark_of, node_addr_flag,
-};
+use crate::resolve::{self, Destination};
+use sheave_ebpf_abi::{Address, PROTO_TCP, PROTO_UDP, fold, mark_of, node_addr_flag};
 
-/// Whether the packet surely passes: it is a plain TCP or UDP packet that no flow has the tuple of, either way, and
-/// where it arrives no frontend has its destination.
+/// Whether the packet surely passes: it is a plain TCP or UDP packet between hosts that have no flow, either way, and where
+/// it arrives no frontend has its destination.
 #[inline(always)]
 pub fn passes<P: Packet, E: Table + Flows>(packet: &P, env: &E, side: Side) -> bool {
     if packet.is_tagged() {
@@ -25,9 +23,9 @@ pub fn passes<P: Packet, E: Table + Flows>(packet: &P, env: &E, side: Side) -> b
 }
 
 #[inline(always)]
-const fn ports(word: u32) -> [u16; 2] {
-    let [a, b, c, d] = word.to_ne_bytes();
-    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
+const fn port_of(word: u32) -> u16 {
+    let [_, _, c, d] = word.to_ne_bytes();
+    u16::from_ne_bytes([c, d])
 }
 
 #[inline(always)]
@@ -44,15 +42,10 @@ fn passes4<P: Packet, E: Table + Flows>(packet: &P, env: &E, side: Side) -> bool
     if first != 0x45 || f0 & 0x3f != 0 || f1 != 0 || !is_transport(proto) {
         return false;
     }
-    let [sport, dport] = ports(w5);
-    if flow::may_be(env, mark_of([src, dst], [sport, dport], proto)) {
+    if flow::may_be(env, mark_of([src, dst])) {
         return false;
     }
-    if matches!(side, Side::Egress) {
-        return true;
-    }
-    env.frontend4(&Frontend4Key { addr: dst, port: dport, proto, pad: 0 }).is_none()
-        && !is_node_port(env, &Address::v4(dst), dport)
+    matches!(side, Side::Egress) || asks_nobody(env, Address::v4(dst), port_of(w5), proto)
 }
 
 #[inline(always)]
@@ -62,20 +55,16 @@ fn passes6<P: Packet, E: Table + Flows>(packet: &P, env: &E, side: Side) -> bool
     if first >> 4 != 6 || !is_transport(proto) {
         return false;
     }
-    let [sport, dport] = ports(w10);
     let (src, dst) = (Address::v6([s0, s1, s2, s3]), Address::v6([d0, d1, d2, d3]));
-    if flow::may_be(env, mark_of([fold(&src), fold(&dst)], [sport, dport], proto)) {
+    if flow::may_be(env, mark_of([fold(&src), fold(&dst)])) {
         return false;
     }
-    if matches!(side, Side::Egress) {
-        return true;
-    }
-    env.frontend6(&Frontend6Key { addr: dst.words, port: dport, proto, pad: 0 }).is_none()
-        && !is_node_port(env, &dst, dport)
+    matches!(side, Side::Egress) || asks_nobody(env, dst, port_of(w10), proto)
 }
 
-/// Whether a NodePort or hostPort may be asked.
+/// Whether no frontend has the destination, and it can be no NodePort or hostPort.
 #[inline(always)]
-fn is_node_port<E: Table>(env: &E, dst: &Address, port: u16) -> bool {
-    resolve::may_be_wildcard(env, port) && env.node_flags(dst) & node_addr_flag::NODE_PORTS != 0
+fn asks_nobody<E: Table>(env: &E, addr: Address, port: u16, proto: u8) -> bool {
+    resolve::frontend(env, &Destination { addr, port, proto }).is_none()
+        && !(resolve::may_be_wildcard(env, port) && env.node_flags(&addr) & node_addr_flag::NODE_PORTS != 0)
 }

@@ -39,6 +39,9 @@ const ATTEMPTS: u32 = 2;
 /// The frontend that has exactly this address.
 #[inline(always)]
 pub fn frontend<T: Table>(table: &T, to: &Destination) -> Option<Frontend> {
+    if !table.serves_net(to.addr.net()) {
+        return None;
+    }
     match to.addr.as_v4() {
         Some(addr) => table.frontend4(&Frontend4Key { addr, port: to.port, proto: to.proto, pad: 0 }),
         None => {

@@ -58,6 +58,9 @@ impl World {
 }
 
 impl Table for World {
+    fn serves_net(&self, _: u32) -> bool {
+        true
+    }
     fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
         self.frontends.get(&(u32::from_be(key.addr), u16::from_be(key.port))).copied()
     }

@@ -52,6 +52,8 @@ pub static RANGES: LpmTrie<[u32; 5], u32, { map::RANGES_MAX }> = LpmTrie::new();
 pub static MAGLEV: Array<MaglevTable, { map::MAGLEV_MAX }> = Array::new();
 #[btf_map(name = "shv_events")]
 pub static EVENTS: RingBuf<Event, { map::EVENTS_BYTES }> = RingBuf::new();
+#[btf_map(name = "shv_nets")]
+static NETS: Array<u64, { map::NETS_WORDS }> = Array::new();
 #[btf_map(name = "shv_marks")]
 pub static MARKS: Array<u32, { map::MARKS_MAX }> = Array::new();
 #[btf_map(name = "shv_listen")]
@@ -117,6 +119,13 @@ pub fn replace<T: Plain>(place: *mut T, value: &T) {
 pub struct Maps;
 
 impl Table for Maps {
+    #[inline(always)]
+    fn serves_net(&self, net: u32) -> bool {
+        // SAFETY: the element of an array stays, and a word is read at once.
+        let word = NETS.get_ptr(net >> 6).map_or(0, |word| unsafe { read_volatile(word) });
+        word >> (net & 63) & 1 != 0
+    }
+
     #[inline(always)]
     fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
         FRONTENDS4.get_ptr(key).map(copy)

@@ -64,6 +64,10 @@ pub struct Env<'a, C> {
 
 impl<C: Hook> Table for Env<'_, C> {
     #[inline(always)]
+    fn serves_net(&self, net: u32) -> bool {
+        Maps.serves_net(net)
+    }
+    #[inline(always)]
     fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
         Maps.frontend4(key)
     }

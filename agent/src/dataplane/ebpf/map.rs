@@ -65,6 +65,7 @@ pub(super) const SHAPES: &[Shape] = &[
     shape::<abi::RangeKey, u32>(map::RANGES, kind::LPM_TRIE, NO_PREALLOC),
     shape::<u32, abi::MaglevTable>(map::MAGLEV, kind::ARRAY, 0),
     Shape { name: map::EVENTS, kind: kind::RINGBUF, key: 0, value: 0, flags: 0 },
+    shape::<u32, u64>(map::NETS, kind::ARRAY, 0),
     shape::<u32, u32>(map::MARKS, kind::ARRAY, 0),
     shape::<u32, u32>(map::LISTEN, kind::ARRAY, 0),
     shape::<u32, u64>(map::ANSWERS, kind::PERCPU_ARRAY, 0),

@@ -10,6 +10,7 @@ mod link;
 mod list;
 mod load;
 mod map;
+mod nets;
 mod node;
 mod probe;
 mod sockets;
@@ -174,6 +175,7 @@ pub struct EbpfDataplane {
     node_addresses: BTreeSet<IpAddr>,
     /// Their flags are of these settings.
     told_addresses: bool,
+    nets: nets::Nets,
     /// Frontends of every address of the node with ports beyond the range of NodePorts.
     beyond_range: BTreeSet<FrontendKey>,
     sockets: sockets::Ender,
@@ -200,6 +202,7 @@ impl EbpfDataplane {
         let maps = Maps::open(&dir)?;
         let node_addresses = maps.node_addrs.entries(usize::MAX)?;
         let node_addresses = node_addresses.iter().map(|(a, _)| encode::from_address(a)).collect();
+        let nets = nets::Nets::open(&dir)?;
         let sockets = sockets::Ender::new(&dir, &cgroup, config.stats.clone());
         let mut plane = Self {
             dir,
@@ -209,6 +212,7 @@ impl EbpfDataplane {
             object,
             node_addresses,
             told_addresses: false,
+            nets,
             beyond_range: BTreeSet::new(),
             sockets,
             prepared: false,
@@ -254,13 +258,15 @@ impl EbpfDataplane {
         let (node_port_min, node_port_max) = config.node_port_range;
         let primary = |v4: bool| config.node_ips.iter().find(|ip| ip.is_ipv4() == v4);
         let address = |v4| primary(v4).map_or(Address { words: [0; 4] }, |ip| encode::address(*ip));
+        let (local_port_min, local_port_max) = node::local_ports();
         let wanted = Config {
             node_netns_cookie,
             object_digest,
             node_port_min,
             node_port_max,
             flags: node::config_flags(config) | self.config()?.flags & config_flag::HOST_PORTS,
-            spare: 0,
+            local_port_min,
+            local_port_max,
             snat_port_min: limits::SNAT_PORTS.0,
             snat_port_max: limits::SNAT_PORTS.1,
             node4: address(true),
@@ -379,6 +385,7 @@ impl Dataplane for EbpfDataplane {
         let range = self.settings.node_port_range;
         let held = observed.frontends.iter().filter(|(key, entry)| is_beyond_range(key, entry, range));
         self.note_beyond_range(held.map(|(key, _)| *key).collect())?;
+        self.nets.be(observed.frontends.iter().map(|(key, _)| key.addr))?;
         Ok(observed)
     }
 
@@ -395,6 +402,7 @@ impl Dataplane for EbpfDataplane {
         if beyond_range.len() != self.beyond_range.len() {
             self.note_beyond_range(beyond_range.clone())?;
         }
+        self.nets.add(changes.put_frontends.keys().map(|key| key.addr))?;
         self.maps.apply(changes)?;
         flows::forget(&self.maps.flows, &changes.lost)?;
         self.sockets.end(&changes.lost);

@@ -41,6 +41,17 @@ pub(super) fn address_flags(addr: IpAddr, addresses: &BTreeSet<IpAddr>, config: 
     node_addr_flag::OURS | if reached { node_addr_flag::NODE_PORTS } else { 0 }
 }
 
+/// The ports that the kernel gives to sockets which ask for none; zeroes where it does not tell.
+pub(super) fn local_ports() -> (u16, u16) {
+    fs::read_to_string(EPHEMERAL).ok().and_then(|range| bounds(&range)).unwrap_or((0, 0))
+}
+
+/// Both ends of a range as the kernel writes it.
+fn bounds(range: &str) -> Option<(u16, u16)> {
+    let mut bounds = range.split_whitespace().map(str::parse::<u16>);
+    Some((bounds.next()?.ok()?, bounds.next()?.ok()?))
+}
+
 /// Keeps the kernel from giving NodePorts to sockets that ask for no port, where its range has some of them.
 pub(super) fn reserve_ports((first, last): (u16, u16)) -> Result<(), DataplaneError> {
     let read = |path: &str| {
@@ -58,8 +69,7 @@ pub(super) fn reserve_ports((first, last): (u16, u16)) -> Result<(), DataplaneEr
 /// The list that also has `first..=last`; `None` where nothing needs to change: they are not in the kernel's range of
 /// ports, or are in the list.
 fn reserved_with(range: &str, held: &str, first: u16, last: u16) -> Option<String> {
-    let mut bounds = range.split_whitespace().map(str::parse::<u16>);
-    let (low, high) = (bounds.next()?.ok()?, bounds.next()?.ok()?);
+    let (low, high) = bounds(range)?;
     if last < low || high < first {
         return None;
     }

@@ -221,12 +221,12 @@ fn what_concerns_no_service_is_seen_at_a_glance() {
 #[test]
 fn marks_of_both_directions_are_one_and_spread() {
     let mut places = std::collections::HashSet::new();
-    for n in 0..1000_u16 {
+    for n in 0..1000_u32 {
         let key = FlowKey {
             src: address("10.244.0.5"),
-            dst: address(&std::format!("198.51.100.{}", n % 5)),
+            dst: address(&std::format!("198.51.{}.{}", 100 + n / 250, n % 250)),
             sport: 8080_u16.to_be(),
-            dport: (40_000 + n).to_be(),
+            dport: 40_000_u16.to_be(),
             proto: PROTO_TCP,
             pad: [0; 3],
         };
@@ -412,6 +412,11 @@ fn ports_are_the_clients_own_else_of_the_ranges_and_never_taken_twice() {
     ports.sort_unstable();
     assert_eq!(ports, [7, 10_000, 10_001, 61_000, 61_002, 61_003]);
     assert!(kernel.counted(Counter::PortsExhausted) > 0);
+    // What the kernel may give to a socket of this node is never one of them.
+    let kernel_of_its_own = golden_kernel();
+    let to = (V4.node, golden::PORT_REMOTE);
+    let port = tuple(&send(&kernel_of_its_own, (V4.client, 40_000), to, L4::Udp)).0.1;
+    assert!((61_000..=61_003).contains(&port), "{port}");
     // Time frees them.
     kernel.now_s.set(flow_timeout_s::DATAGRAM + 1);
     assert_eq!(go(100), Some(7));

@@ -66,6 +66,10 @@ impl Kernel {
 }
 
 impl Table for Kernel {
+    fn serves_net(&self, net: u32) -> bool {
+        self.frontends4.keys().any(|key| Address::v4(key.addr).net() == net)
+            || self.frontends6.keys().any(|key| Address::v6(key.addr).net() == net)
+    }
     fn frontend4(&self, key: &Frontend4Key) -> Option<Frontend> {
         self.frontends4.get(key).copied()
     }
@@ -94,6 +98,8 @@ impl Table for Kernel {
         Some(Config {
             node_port_min: 30_000,
             node_port_max: 32_767,
+            local_port_min: 40_000,
+            local_port_max: 50_000,
             snat_port_min: 61_000,
             snat_port_max: 61_063,
             flags: self.flags,
