@@ -252,7 +252,12 @@ impl Bed {
         for netns in [&client, &pod, &node] {
             set(netns, "ipv4/ip_local_port_range", "10240 29999")?;
         }
-        let mut server = Worker::start("backends", &backends, None, &Job::Serve { cpu: cpus.server })?;
+        let mut server = Worker::start(
+            "backends",
+            &backends,
+            None,
+            &Job::Serve { cpu: cpus.server, awake: cpus.server != cpus.client },
+        )?;
         let () = server.listen()?;
         let pin_dir = Path::new(BPFFS).join(name);
         Ok(Self { name, client, pod, node, cgroup, pin_dir, cpus, _server: server })

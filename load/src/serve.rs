@@ -14,13 +14,19 @@ use std::collections::HashMap;
 use std::io::{ErrorKind, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::time::{Duration, Instant};
 
 const LISTENER: u64 = u64::MAX;
 const DATAGRAMS: u64 = u64::MAX - 1;
 const STDIN: u64 = u64::MAX - 2;
 
-/// Serves until standard input ends. Says `null` when it is ready.
-pub(crate) fn run() -> Result<(), LoadError> {
+/// How long it looks for more before it sleeps. Waking a processor up takes as long as a whole connect: whether it was
+/// asleep would be what is measured.
+const AWAKE: Duration = Duration::from_micros(300);
+
+/// Serves until standard input ends. Says `null` when it is ready. `awake`: there is a processor for it alone, so that it
+/// need not sleep while there is traffic.
+pub(crate) fn run(awake: bool) -> Result<(), LoadError> {
     let any = (Ipv4Addr::UNSPECIFIED, TARGET_PORT);
     let listener = TcpListener::bind(any).doing("listen")?;
     listener.set_nonblocking(true).doing("listen")?;
@@ -36,11 +42,17 @@ pub(crate) fn run() -> Result<(), LoadError> {
     wire::write(&mut std::io::stdout(), &()).doing("say that the server is ready")?;
     let mut server = Server { epoll, connections: HashMap::new() };
     let mut events = [EpollEvent::empty(); 64];
+    let mut last = None::<Instant>;
     loop {
-        let count = match server.epoll.wait(&mut events, EpollTimeout::NONE) {
+        let looks = last.is_some_and(|last| last.elapsed() < AWAKE);
+        let timeout = if looks { EpollTimeout::ZERO } else { EpollTimeout::NONE };
+        let count = match server.epoll.wait(&mut events, timeout) {
             Err(Errno::EINTR) => continue,
             result => result.doing("wait for traffic")?,
         };
+        if count != 0 && awake {
+            last = Some(Instant::now());
+        }
         for event in &events[..count] {
             match event.data() {
                 LISTENER => server.accept(&listener),

@@ -16,6 +16,8 @@ pub(crate) enum Job {
     /// Answer TCP and UDP on the target port of every address of the namespace.
     Serve {
         cpu: usize,
+        /// The CPU is no client's.
+        awake: bool,
     },
     /// Drive traffic as [`Drive`]s say.
     Connect {

@@ -13,11 +13,11 @@ pub fn main() -> Result<(), LoadError> {
     let mut input = std::io::stdin().lock();
     let Some(job) = wire::read(&mut input, "starting")? else { return Ok(()) };
     match job {
-        Job::Serve { cpu } => {
+        Job::Serve { cpu, awake } => {
             pin(cpu);
             // The end of input says that the run is over; the server never looks at it otherwise.
             drop(input);
-            serve::run()
+            serve::run(awake)
         }
         Job::Connect { cpu } => {
             pin(cpu);
