@@ -9,8 +9,8 @@ mod oracle;
 use frames::{Dice, End, Spec, TCP, UDP, error, frame, mutate, v4, v6};
 use kernel::{Buffer, Kernel, address};
 use sheave_ebpf_abi::{
-    Backend, Counter, Frontend, Frontend4Key, Frontend6Key, Plain as _, Slot, config_flag, frontend_flag,
-    member_flag,
+    Backend, Counter, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, Plain as _, Slot, config_flag,
+    flow_flag, frontend_flag, member_flag,
 };
 use sheave_ebpf_core::balance::{self, Link, Side, Verdict, Work};
 use std::cell::RefCell;
@@ -370,6 +370,9 @@ fn comes_back(
     let hops = new.ip + if new.v6 { 7 } else { 8 };
     // Plenty of hops, with a header checksum that need not be right: that is judged elsewhere.
     answer[hops] = 64;
+    if is_anew(kernel, &new, &answer) {
+        return Ok(false);
+    }
     let hook = if redirected { (Side::Ingress, Link::Uplink) } else { (Side::Egress, link) };
     let (verdict, packet) = through(kernel, &answer, hook, 0);
     let mut wanted = input.to_vec();
@@ -399,23 +402,32 @@ fn is_opening(view: &oracle::View, bytes: &[u8]) -> bool {
     view.proto == TCP && bytes.get(view.l4 + 13).is_some_and(|flags| flags & 0x04 != 0)
 }
 
-/// Whether the packet belonged to the answering side of its flow.
-fn is_reply(kernel: &Kernel, view: &oracle::View, bytes: &[u8]) -> bool {
-    use sheave_ebpf_abi::{FlowKey, flow_flag};
-    let (Some(src), Some(dst), Some(&[a, b, c, d])) =
-        (ip_of(view.src(bytes)), ip_of(view.dst(bytes)), view.ports(bytes))
-    else {
-        return true;
-    };
+/// The entry of a packet's flow.
+fn held(kernel: &Kernel, view: &oracle::View, bytes: &[u8]) -> Option<Flow> {
+    let &[a, b, c, d] = view.ports(bytes)? else { return None };
     let key = FlowKey {
-        src: address(src),
-        dst: address(dst),
+        src: address(ip_of(view.src(bytes))?),
+        dst: address(ip_of(view.dst(bytes))?),
         sport: u16::from_ne_bytes([a, b]),
         dport: u16::from_ne_bytes([c, d]),
         proto: view.proto,
         pad: [0; 3],
     };
-    kernel.flows.borrow().get(&key).is_none_or(|flow| flow.flags & flow_flag::REPLY != 0)
+    kernel.flows.borrow().get(&key).copied()
+}
+
+/// Whether the packet belonged to the answering side of its flow.
+fn is_reply(kernel: &Kernel, view: &oracle::View, bytes: &[u8]) -> bool {
+    held(kernel, view, bytes).is_none_or(|flow| flow.flags & flow_flag::REPLY != 0)
+}
+
+/// Whether the answer begins a connection that is none of the service's: its flow has ended.
+fn is_anew(kernel: &Kernel, view: &oracle::View, bytes: &[u8]) -> bool {
+    const BOTH: u16 = flow_flag::FIN_CLIENT | flow_flag::FIN_BACKEND;
+    let ended = |flags: u16| flags & flow_flag::RESET != 0 || flags & BOTH == BOTH;
+    view.proto == TCP
+        && bytes.get(view.l4 + 13).is_some_and(|flags| flags & 0x02 != 0)
+        && held(kernel, view, bytes).is_some_and(|flow| ended(flow.flags))
 }
 
 /// Swaps source and destination; sums don't change by that.
