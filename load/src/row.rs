@@ -223,7 +223,10 @@ pub(crate) fn row(
         measured.to((from, kind, what(of_services, of_direct)), bare, (from, kind, of_direct), together, of)
     };
     let (all, short) = ((What::Services, What::Direct), (What::Last, What::Direct));
+    let answer = (What::ServicesAnswer, What::DirectAnswer);
     let pod = |kind, what| (From::Pod, kind, what);
+    let direct = pod(Kind::Connect, What::Direct);
+    let services_or_direct = pod(Kind::Connect, what(What::Services, What::Direct));
     let last_of_all = measured.blocks.typical(pod(Kind::Short, what(short.0, short.1)), 1, trimmed_mean);
     let ms = |quantile| measured.updates.as_ref().and_then(|all| all.us(quantile)).map(|us| us / 1000.0);
     Row {
@@ -236,30 +239,12 @@ pub(crate) fn row(
         connect_p99_us: connect.us(0.99),
         ratio_connect_p50_to_direct: to_direct(From::Pod, Kind::Connect, all, 1, median),
         ratio_connect_p99_to_direct: to_direct(From::Pod, Kind::Connect, all, TOGETHER_P99, p99),
-        ratio_connect_p50_to_direct_beside: measured.to(
-            pod(Kind::Connect, what(What::Services, What::Direct)),
-            measured,
-            pod(Kind::Connect, What::Direct),
-            1,
-            median,
-        ),
+        ratio_connect_p50_to_direct_beside: measured.to(services_or_direct, measured, direct, 1, median),
         direct_beside_p50_us: beside.us(0.5),
-        ratio_direct_beside_p50: measured.to(
-            pod(Kind::Connect, What::Direct),
-            bare,
-            pod(Kind::Connect, What::Direct),
-            1,
-            median,
-        ),
+        ratio_direct_beside_p50: measured.to(direct, bare, direct, 1, median),
         ratio_control_p50: None,
         ratio_node_port_connect_p50_to_direct: to_direct(From::Outside, Kind::Connect, all, 1, median),
-        ratio_node_port_answer_p50_to_direct: to_direct(
-            From::Outside,
-            Kind::Short,
-            (What::ServicesAnswer, What::DirectAnswer),
-            1,
-            median,
-        ),
+        ratio_node_port_answer_p50_to_direct: to_direct(From::Outside, Kind::Short, answer, 1, median),
         cps: last_of_all.filter(|ns| *ns > 0.0).map(|ns| 1e9 / ns),
         ratio_cps_to_direct: ratio(Some(1.0), to_direct(From::Pod, Kind::Short, short, 1, trimmed_mean)),
         rtt_p50_us: through(From::Pod, Kind::Keepalive).us(0.5),
