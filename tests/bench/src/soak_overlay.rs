@@ -90,12 +90,20 @@ pub(crate) fn run(kills: usize) -> Result<()> {
     for host in &hosts {
         settled(host)?;
     }
+    let start = Instant::now();
+    let fourth = bed.join(Ips::Both, &["--overlay", "vxlan"]);
+    let late = fourth.pod();
+    for pod in &pods {
+        all_pairs(&[pod, &late]);
+    }
+    let joined = start.elapsed();
     println!(
         "overlay: {kills} kills, {} addresses given, none twice; {beats} round trips of {} connections, none broken; \
-         slowest repair {} ms",
+         slowest repair {} ms; a node that joined and its first pod were reached by all after {} ms",
         recorder.given.load(Ordering::Relaxed),
         2 * pods.len(),
-        slowest.as_millis()
+        slowest.as_millis(),
+        joined.as_millis()
     );
     Ok(())
 }
@@ -112,7 +120,7 @@ fn faults(hosts: &mut [Host], recorder: &Recorder, kills: usize, slowest: &mut D
         let bar = spinner(format!("kill -9 of an agent, {} of {kills}", round + 1));
         let (at, before_ms, damage) = {
             let mut random = rand::rng();
-            (random.random_range(0..hosts.len()), random.random_range(0..120), random.random_range(0..5))
+            (random.random_range(0..hosts.len()), random.random_range(0..400), random.random_range(0..5))
         };
         let host = &mut hosts[at];
         std::thread::scope(|scope| -> Result<()> {
@@ -132,6 +140,7 @@ fn faults(hosts: &mut [Host], recorder: &Recorder, kills: usize, slowest: &mut D
         break_by_hand(host, (damage + 1) % 5);
         await_whole(host)?;
         *slowest = (*slowest).max(start.elapsed());
+        come_and_go(host, &mut churn[at], recorder)?;
         bar.finish_and_clear();
     }
     for (host, pods) in hosts.iter().zip(&mut churn) {
@@ -145,7 +154,7 @@ fn faults(hosts: &mut [Host], recorder: &Recorder, kills: usize, slowest: &mut D
 
 /// Adds and removes a few; what fails because the agent dies is taken back, as a runtime would.
 fn come_and_go(host: &Host, pods: &mut Vec<Pod>, recorder: &Recorder) -> Result<()> {
-    for _ in 0..6 {
+    for _ in 0..10 {
         let (leave, pick) = {
             let mut random = rand::rng();
             (pods.len() >= CHURN_MAX || random.random_bool(0.4), random.random_range(0..CHURN_MAX))
