@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::json;
 use sheave_agent::dataplane::ebpf::guard_status;
 use sheave_ebpf_abi::NetCounter;
-use sheave_harness::{require_root, wait_for};
+use sheave_harness::{NetNs, require_root, wait_for};
 
 use crate::policy_bed::Bed;
 
@@ -20,13 +20,16 @@ struct Flow {
 
 impl Flow {
     fn open(bed: &Bed, from: usize, to: usize, v6: bool) -> Self {
+        Self::between(&bed.pods[from].ns, bed, to, v6)
+    }
+
+    fn between(from: &NetNs, bed: &Bed, to: usize, v6: bool) -> Self {
         let at = bed.pods[to].ns.run(|| {
             let address = SocketAddr::new(bed.pods[to].ips[usize::from(v6)], 0);
             TcpListener::bind(address).expect("listen in a pod")
         });
         let address = at.local_addr().expect("an address");
-        let client = bed.pods[from]
-            .ns
+        let client = from
             .run(|| TcpStream::connect_timeout(&address, Duration::from_secs(20)).expect("connect to a pod"));
         let (server, _) = at.accept().expect("a connection");
         for end in [&client, &server] {
@@ -80,6 +83,33 @@ fn flows_between_pods_go_past_the_stack_and_a_policy_cuts_them() {
         assert!(counted(&bed, NetCounter::Cut) > 0);
         bed.delete_policy("x", "deny");
         // What was lost meanwhile is sent again.
+        flow.server.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
+        flow.client.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
+        assert!(flow.ping(), "it goes on where it was; {}", bed.log_tail());
+    }
+}
+
+#[test]
+fn flows_with_the_outside_go_past_the_stack_both_ways() {
+    if !require_root() {
+        return;
+    }
+    let bed = two_pods(&[]);
+    for v6 in [false, true] {
+        let before = [NetCounter::FastIn, NetCounter::FastOut].map(|counter| counted(&bed, counter));
+        let mut flow = Flow::between(&bed.outside, &bed, 1, v6);
+        wait_for("packets past the stack", || {
+            assert!(flow.ping(), "an allowed flow goes on; {}", bed.log_tail());
+            let now = [NetCounter::FastIn, NetCounter::FastOut].map(|counter| counted(&bed, counter));
+            let enough = now.iter().zip(before).all(|(now, before)| *now > before + 5);
+            if enough { Ok(()) } else { Err(format!("{before:?} then {now:?}")) }
+        });
+        bed.put_policy("x", "deny", &json!({"podSelector": {"matchLabels": {"app": "b"}}}));
+        wait_for("the flow to be cut", || if flow.ping() { Err("it goes on") } else { Ok(()) });
+        // The node itself, whose probes must come through, is not concerned.
+        let mut own = Flow::between(&bed.node, &bed, 1, v6);
+        assert!(own.ping(), "{}", bed.log_tail());
+        bed.delete_policy("x", "deny");
         flow.server.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
         flow.client.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
         assert!(flow.ping(), "it goes on where it was; {}", bed.log_tail());

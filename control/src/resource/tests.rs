@@ -79,6 +79,12 @@ fn good_objects() -> Vec<(&'static Kind, Value)> {
             &kinds::LEASES,
             json!({"metadata": {"name": "l"}, "spec": {"holderIdentity": "h", "leaseDurationSeconds": 40, "renewTime": "2026-01-01T00:00:00.000001Z"}}),
         ),
+        (
+            &kinds::NETWORK_POLICIES,
+            json!({"metadata": {"name": "p"}, "spec": {"podSelector": {"matchLabels": {"a": "b"}},
+            "ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}], "ports": [{"port": 80, "endPort": 90}]}],
+            "egress": [{"to": [{"podSelector": {}, "namespaceSelector": {}}], "ports": [{"port": "web"}]}]}}),
+        ),
         (&kinds::SERVICE_ACCOUNTS, json!({"metadata": {"name": "a"}, "secrets": [{"name": "s"}]})),
     ]
 }

@@ -22,7 +22,7 @@ use crate::report::{Bar, Report};
 
 const SIZES: [u32; 2] = [10, 10_000];
 const RUNS: u32 = 20_000;
-const CHANGES: u32 = 50;
+const CHANGES: u32 = 20;
 const LINK: &str = "tp0";
 /// The pod that all policies isolate.
 const POD: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);

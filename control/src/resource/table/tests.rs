@@ -259,6 +259,11 @@ fn small_kinds() {
         json!({"Name": "x", "AddressType": "IPv4", "Ports": "80,*", "Endpoints": "10.0.0.1,10.0.0.2,10.0.0.3 + 1 more...", "Age": "5m"})
     );
     assert_eq!(cells(&ENDPOINT_SLICES, json!({}))["Ports"], "<unset>");
+    let policy = json!({"spec": {"podSelector": {"matchLabels": {"app": "a"}}}});
+    assert_eq!(
+        cells(&crate::resource::kinds::NETWORK_POLICIES, policy),
+        json!({"Name": "x", "Pod-Selector": "app=a", "Age": "5m"})
+    );
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Objects that pass, and each way to fail: what is changed in a good object, and which field is blamed with what.
 
+mod network_policy;
 mod pod;
 mod service;
 mod workload;
