@@ -203,7 +203,7 @@ mod tests {
     fn groups_are_listed_once() {
         let groups = groups();
         let names: Vec<&Value> = groups["groups"].as_array().unwrap().iter().map(|g| &g["name"]).collect();
-        assert_eq!(names, ["apps", "discovery.k8s.io", "coordination.k8s.io"]);
+        assert_eq!(names, ["apps", "discovery.k8s.io", "coordination.k8s.io", "networking.k8s.io"]);
         assert_eq!(group("apps").unwrap()["preferredVersion"]["groupVersion"], "apps/v1");
         assert_eq!(group(""), None);
         assert_eq!(group("nope"), None);

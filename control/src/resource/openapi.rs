@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn index_and_documents_agree() {
         let index = index();
-        assert_eq!(index["paths"].as_object().unwrap().len(), 4);
+        assert_eq!(index["paths"].as_object().unwrap().len(), 5);
         for d in documents() {
             let url = index["paths"][&d.path]["serverRelativeURL"].as_str().unwrap();
             assert_eq!(url, format!("/openapi/v3/{}?hash={}", d.path, d.hash));
