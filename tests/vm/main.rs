@@ -10,9 +10,10 @@ const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
 /// Which tests of the netns suite say something about a kernel, and take no longer than a guest has time for: emulated
 /// processors are some ten times slower. IPVS is to be had here only.
-const SUBJECTS: [&str; 9] = [
+const SUBJECTS: [&str; 10] = [
     "ipvs_",
     "kernel_",
+    "policy_life",
     "runtime_",
     "service_killed",
     "service_kinds",
