@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::{Result, bail};
 use sheave_agent::dataplane::StatsHandle;
-use sheave_agent::network::{Network, NetworkConfig};
+use sheave_agent::network::{Network, NetworkConfig, NetworkError};
 use sheave_agent::runtime::{Runtime, RuntimeConfig};
 
 use crate::cli::{AgentFlags, DownFlags, NetworkFlags, ServiceFlags};
@@ -67,6 +67,15 @@ async fn stop_pods(agent: &sheave_agent::AgentConfig) -> Result<Vec<String>> {
     if let Err(error) = runtime.remove_cgroups().await {
         failures.push(format!("{:#}", anyhow::Error::new(error)));
     }
+    match remove_links(agent).await {
+        Ok(failed) => failures.extend(failed),
+        Err(error) => failures.push(format!("{:#}", anyhow::Error::new(error))),
+    }
+    failures.extend(sheave_agent::network::overlay::remove_all());
+    Ok(failures)
+}
+
+async fn remove_links(agent: &sheave_agent::AgentConfig) -> Result<Vec<String>, NetworkError> {
     let network = Network::open(NetworkConfig {
         state_dir: agent.state_dir.clone(),
         node_ips: agent.node_ips.clone(),
@@ -75,8 +84,5 @@ async fn stop_pods(agent: &sheave_agent::AgentConfig) -> Result<Vec<String>> {
         ..NetworkConfig::default()
     })
     .await?;
-    let report = network.reconcile(&[]).await?;
-    failures.extend(report.failed);
-    failures.extend(sheave_agent::network::overlay::remove_all());
-    Ok(failures)
+    Ok(network.reconcile(&[]).await?.failed)
 }

@@ -4,6 +4,7 @@
 use std::process::Stdio;
 
 use serde_json::{Value, json};
+use sheave_harness::wait_for;
 
 use crate::cni_bed::{Bed, Ctr, DEBIAN, Plugin, addresses, ips_of, links_of, run, with};
 
@@ -272,7 +273,11 @@ pub(crate) fn own_namespace_by_override(plugin: Plugin) {
             command.env("CNI_NETNS_OVERRIDE", value);
             results.push(run(command, config.to_string().as_bytes()));
             assert_eq!(results[results.len() - 1].status, Some(0), "{verb}: {results:?}");
-            assert_eq!(links_of(&bed.node.netns).contains("own1"), verb == "ADD", "{verb}");
+            // DEL does not wait for the link to go.
+            wait_for(&format!("what {verb} does to own1"), || {
+                let links = links_of(&bed.node.netns);
+                if links.contains("own1") == (verb == "ADD") { Ok(()) } else { Err(format!("{links:?}")) }
+            });
         }
         assert!(!ips_of(&results[0].result()).is_empty(), "{results:?}");
     }
