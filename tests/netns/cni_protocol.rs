@@ -260,22 +260,20 @@ pub(crate) fn own_namespace_is_refused(bed: &Bed) {
 pub(crate) fn own_namespace_by_override(plugin: Plugin) {
     let bed = Bed::new(plugin);
     let config = bed.config("n-override");
-    // A default route of the container's would be the node's second.
-    bed.node.netns.ip(&["route", "del", "default"]);
-    bed.node.netns.ip(&["-6", "route", "del", "default"]);
     for value in ["1", "TRUE"] {
         let mut ctr = Ctr::new();
-        ctr.netns_path = Some(bed.node.netns.path());
         ctr.ifname = "own1".to_owned();
         let mut results = Vec::new();
         for verb in ["ADD", "DEL"] {
             let mut command = bed.prepared(verb, &ctr, &config);
+            // A runtime that lives in the container's namespace itself.
+            ctr.netns().apply(&mut command);
             command.env("CNI_NETNS_OVERRIDE", value);
             results.push(run(command, config.to_string().as_bytes()));
             assert_eq!(results[results.len() - 1].status, Some(0), "{verb}: {results:?}");
             // DEL does not wait for the link to go.
             wait_for(&format!("what {verb} does to own1"), || {
-                let links = links_of(&bed.node.netns);
+                let links = links_of(ctr.netns());
                 if links.contains("own1") == (verb == "ADD") { Ok(()) } else { Err(format!("{links:?}")) }
             });
         }

@@ -128,6 +128,8 @@ fn pods_reach_each_other_and_the_node_at_once() {
     }
     let lo: IpAddr = "127.0.0.1".parse().expect("an address");
     assert_eq!(talk(&a, &a, lo), lo);
+    let gateway: IpAddr = "169.254.1.1".parse().expect("an address");
+    assert_eq!(talk(&a, &node.netns, gateway), first.ips[0], "the gateway answers");
     let mtu = a.ip(&["-o", "link", "show", "eth0"]);
     assert!(mtu.contains("mtu 1400 "), "the uplink's MTU: {mtu}");
 }

@@ -287,7 +287,11 @@ impl Inner {
         self.state().facts = Facts { mtu, sources: tables.sources(&ips) };
         let v4 = self.config.pod_cidrs.iter().any(IpNetwork::is_ipv4);
         let v6 = self.config.pod_cidrs.iter().any(IpNetwork::is_ipv6);
-        node::prepare(v4, v6, &uplinks)
+        let mut changed = node::prepare(v4, v6, &uplinks)?;
+        if v4 {
+            changed.extend(node::answer_as_gateway(&tables)?);
+        }
+        Ok(changed)
     }
 
     /// Waits until nobody else works on the pod.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::error::NetworkError;
 use super::netlink::{Address, Connection, Link, Route};
 use super::overlay::is_tunnel;
-use super::plan::is_node_link;
+use super::plan::{GATEWAY_V4, is_node_link};
 
 /// MTU where no uplink says otherwise.
 const DEFAULT_MTU: u32 = 1500;
@@ -135,6 +135,33 @@ pub(super) fn prepare(v4: bool, v6: bool, uplinks: &[&Link]) -> Result<Vec<Strin
         set("net/ipv6/conf/all/forwarding".to_owned(), "1")?;
     }
     Ok(changed)
+}
+
+/// Gives the loopback the pods' IPv4 gateway, where it lacks it: a pod that asks whether its gateway is there gets an
+/// answer. The address is no source of anything else. Returns what was done, in words.
+pub(super) fn answer_as_gateway(tables: &Tables) -> Result<Option<String>, NetworkError> {
+    let Some(lo) = tables.links.iter().find(|link| link.loopback) else { return Ok(None) };
+    if tables.addresses.iter().any(|address| address.link == lo.index && address.ip == GATEWAY_V4) {
+        return Ok(None);
+    }
+    let op = || format!("give {} the address {GATEWAY_V4}", lo.name);
+    Connection::open()
+        .and_then(|mut connection| connection.set_quiet_address(lo.index, GATEWAY_V4))
+        .map_err(|source| NetworkError::Netlink { op: op(), source })?;
+    Ok(Some(format!("{GATEWAY_V4} on {}", lo.name)))
+}
+
+/// Takes it away again; returns what failed, in words.
+pub(super) fn answer_no_more() -> Option<String> {
+    let told = |why: String| format!("taking {GATEWAY_V4} from the loopback: {why}");
+    let tables = match Tables::read() {
+        Ok(tables) => tables,
+        Err(error) => return Some(told(super::in_full(&error))),
+    };
+    let held = tables.addresses.iter().find(|address| address.ip == GATEWAY_V4)?;
+    let removed =
+        Connection::open().and_then(|mut connection| connection.delete_address(held.link, GATEWAY_V4));
+    removed.err().map(|error| told(error.to_string()))
 }
 
 /// True where the kernel has IPv6.

@@ -22,8 +22,9 @@ const CNI_ALIAS: &str = "sheave cni ";
 const OWN_TABLES: u32 = 0x5348_0000;
 /// Longest alias that the kernel takes, bytes.
 const ALIAS_BYTES_MAX: usize = 255;
-/// A pod's gateways. Nobody has these addresses: a permanent neighbour leads to the node's end of the pair.
-const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
+/// A pod's gateways: a permanent neighbour leads to the node's end of the pair. The node has IPv4's on its loopback, so
+/// that it answers; nobody has IPv6's.
+pub(super) const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 
 const EVERYTHING_V4: IpNetwork = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {

@@ -277,12 +277,12 @@ impl Connection {
     }
 
     /// Gives a link an address that is never chosen as the source of what goes elsewhere.
-    fn set_quiet_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+    pub(super) fn set_quiet_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
         self.change(convert::new_quiet_address(link, ip), NLM_F_CREATE | NLM_F_REPLACE)
     }
 
     /// Takes an address of full prefix length from a link.
-    fn delete_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+    pub(super) fn delete_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
         self.change(convert::delete_address(link, ip), 0)
     }
 

@@ -305,8 +305,6 @@ pub fn remove_all() -> Vec<String> {
             failures.push(format!("removing link {name}: {error}"));
         }
     }
-    if let Err(error) = super::nat::Nat::uninstall() {
-        failures.push(super::in_full(&error));
-    }
+    failures.extend(super::node::answer_no_more());
     failures
 }
