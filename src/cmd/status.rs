@@ -150,15 +150,17 @@ fn policies(out: &mut impl Write, paths: &super::Paths) -> Result<bool> {
         status.isolated, status.pods, status.devices
     )?;
     let fast: u64 = status.counters.iter().filter(|(c, _)| c.is_fast()).map(|(_, n)| n).sum();
-    match (status.fast, status.without_peer) {
-        (false, _) => writeln!(out, "fast path: off, everything goes through the stack (--fast-path)")?,
-        (true, 0) => writeln!(out, "fast path: on, {fast} packets went past the stack")?,
-        (true, slow) => writeln!(
-            out,
-            "fast path: on, {fast} packets went past the stack; {slow} pod addresses are at devices without \
-             a peer and stay in it"
-        )?,
+    if !status.fast {
+        writeln!(out, "fast path: off, everything goes through the stack (--fast-path)")?;
+        return Ok(true);
     }
+    write!(out, "fast path: on, {fast} packets went past the stack")?;
+    for (slow, what) in [(status.without_peer, "without a peer"), (status.queued, "with a queue")] {
+        if slow > 0 {
+            write!(out, "; {slow} pod addresses are at devices {what} and stay in it")?;
+        }
+    }
+    writeln!(out)?;
     Ok(true)
 }
 

@@ -136,6 +136,37 @@ fn without_the_fast_path_everything_goes_through_the_stack() {
 }
 
 #[test]
+fn flows_of_a_pod_that_a_queue_limits_wait_in_it() {
+    if !require_root() {
+        return;
+    }
+    let bed = two_pods(&[]);
+    let tc = |args: &[&str]| {
+        let done = bed.node.command("tc").args(["qdisc"]).args(args).status().expect("start tc");
+        assert!(done.success(), "tc qdisc {args:?}");
+    };
+    let link = &*bed.pods[1].link;
+    tc(&["add", "dev", link, "root", "tbf", "rate", "1gbit", "burst", "1mb", "latency", "50ms"]);
+    wait_for("the queue to be seen", || {
+        let status = guard_status(bed.pin_dir()).expect("the pins").expect("an agent that does the network");
+        if status.queued == 2 { Ok(()) } else { Err(bed.status()) }
+    });
+    let mut flow = Flow::open(&bed, 0, 1, false);
+    // Longer than a flow needs to be let past the stack.
+    let start = std::time::Instant::now();
+    while start.elapsed() < Duration::from_millis(2_200) {
+        assert!(flow.ping(), "{}", bed.log_tail());
+    }
+    assert_eq!(counted(&bed, NetCounter::FastPod), 0, "either way: its answers stay with it");
+    assert!(bed.status().contains("2 pod addresses are at devices with a queue"), "{}", bed.status());
+    tc(&["del", "dev", link, "root"]);
+    wait_for("packets past the stack", || {
+        assert!(flow.ping(), "{}", bed.log_tail());
+        if counted(&bed, NetCounter::FastPod) > 10 { Ok(()) } else { Err("all through the stack") }
+    });
+}
+
+#[test]
 fn what_was_allowed_stays_so_while_the_agent_is_gone() {
     if !require_root() {
         return;

@@ -203,6 +203,7 @@ mod tests {
             loopback: name == "lo",
             mac: None,
             peer: None,
+            queued: false,
         }
     }
 

@@ -195,13 +195,15 @@ struct Worker {
     planner: Planner,
     /// Flows that had gone past the stack when its tracking was last told.
     fast_flows: u64,
+    /// Whether it was said that some pods' flows can't go past the stack.
+    said: bool,
 }
 
 impl Worker {
     fn open(config: &PolicyConfig) -> Result<Self, DataplaneError> {
         let guard = Guard::open(&config.guard)?;
         let planner = Planner::new(guard.ids());
-        Ok(Self { guard, planner, fast_flows: 0 })
+        Ok(Self { guard, planner, fast_flows: 0, said: false })
     }
 
     /// One round; true when the kernel was changed.
@@ -217,6 +219,8 @@ impl Worker {
             // Programs before tables: a pod that is told of is one that is judged.
             self.guard.attach(&pods, &outs, tick)?;
             let devices: BTreeMap<_, _> = devices_of(&routes);
+            let without = routes.iter().find(|at| devices.get(&at.ip).is_some_and(|device| !device.peer));
+            self.say(config, without.map(|route| route.name.as_str()));
             self.planner.handle(Event::Devices(devices));
             self.planner.handle(Event::Host(host));
         }
@@ -225,6 +229,20 @@ impl Worker {
         }
         let tables = self.planner.plan();
         self.guard.apply(&tables)
+    }
+
+    /// Says when the first pod comes whose device packets can't be handed past.
+    fn say(&mut self, config: &PolicyConfig, without_peer: Option<&str>) {
+        let Some(device) = without_peer else {
+            self.said = false;
+            return;
+        };
+        if config.guard.fast && !std::mem::replace(&mut self.said, true) {
+            tracing::warn!(
+                device,
+                "the fast path is not for pods whose device is neither veth nor netkit: their packets stay in the stack"
+            );
+        }
     }
 
     /// Ends what the kernel's connection tracking keeps of flows that it sees no more: they would stay for days.

@@ -151,6 +151,8 @@ pub struct Device {
     pub index: u32,
     /// Whether it has a peer that packets can be handed to.
     pub peer: bool,
+    /// Whether what it sends waits in a queue, such as one that limits what the pod receives.
+    pub queued: bool,
     /// Uid of the pod, where the device says it: its policies hold before the API knows its addresses.
     pub pod: Option<Box<str>>,
 }

@@ -469,6 +469,7 @@ impl Planner {
             });
             endpoint.device = device.index;
             endpoint.peer = device.peer;
+            endpoint.queued = device.queued;
         }
         for ip in &self.host {
             tables.endpoints.insert(*ip, Endpoint { host: true, ..Endpoint::default() });

@@ -13,6 +13,8 @@ pub struct Endpoint {
     pub device: u32,
     /// The device has a peer.
     pub peer: bool,
+    /// What the device sends waits in a queue.
+    pub queued: bool,
     /// The address is the node's own.
     pub host: bool,
     /// Identity.

@@ -312,7 +312,7 @@ fn nothing_is_planned_before_everything_is_told() {
 }
 
 fn device(pod: Option<&str>) -> Device {
-    Device { index: 7, peer: true, pod: pod.map(Into::into) }
+    Device { index: 7, peer: true, queued: true, pod: pod.map(Into::into) }
 }
 
 #[test]
@@ -334,7 +334,8 @@ fn devices_and_the_node_are_endpoints_without_any_policy() {
     planner.handle(Event::Devices([(pod_ip(1), device(None))].into()));
     planner.handle(Event::Host([pod_ip(254)].into()));
     let tables = planner.plan();
-    assert_eq!(tables.endpoints[&pod_ip(1)].device, 7);
+    let end = tables.endpoints[&pod_ip(1)];
+    assert!(end.device == 7 && end.peer && end.queued, "{end:?}");
     assert!(tables.endpoints[&pod_ip(254)].host);
 }
 

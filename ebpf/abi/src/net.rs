@@ -79,6 +79,8 @@ pub mod endpoint_flag {
     pub const HOST: u32 = 1 << 0;
     /// The device has a peer that packets can be handed to.
     pub const PEER: u32 = 1 << 1;
+    /// What the device sends waits in a queue of its own, which the peer must not be handed packets past.
+    pub const QUEUED: u32 = 1 << 2;
 }
 
 plain! {

@@ -161,7 +161,8 @@ fn fill(planner: &mut Planner, size: u32, index: u32) {
     let keys = policies.iter().map(Policy::key).collect();
     policies.into_iter().for_each(|policy| planner.handle(Event::Policy(policy)));
     planner.handle(Event::PoliciesSynced(keys));
-    planner.handle(Event::Devices([(IpAddr::V4(POD), Device { index, peer: true, pod: None })].into()));
+    let device = Device { index, peer: true, queued: false, pod: None };
+    planner.handle(Event::Devices([(IpAddr::V4(POD), device)].into()));
 }
 
 fn frame(kind: &str, round: u32) -> Vec<u8> {

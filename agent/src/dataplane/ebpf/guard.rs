@@ -254,6 +254,8 @@ pub struct GuardStatus {
     pub fast: bool,
     /// Pods whose device has no peer, so that their flows can't.
     pub without_peer: usize,
+    /// Pods whose device has a queue, such as a limit of what they receive, so that their flows may not.
+    pub queued: usize,
     /// Reasons and how often they occurred.
     pub counters: Vec<(NetCounter, u64)>,
 }
@@ -277,6 +279,7 @@ pub fn guard_status(pin_dir: &Path) -> Result<Option<GuardStatus>, DataplaneErro
         isolated: pods().filter(|end| end.ingress != 0 || end.egress != 0).count(),
         fast: flags & net_config_flag::FAST != 0,
         without_peer: pods().filter(|end| !end.peer).count(),
+        queued: pods().filter(|end| end.queued).count(),
         counters: NET_COUNTERS.iter().copied().zip(sums).collect(),
     }))
 }
@@ -285,12 +288,12 @@ pub fn guard_status(pin_dir: &Path) -> Result<Option<GuardStatus>, DataplaneErro
 pub(crate) fn devices_of(routes: &[RoutedLink]) -> BTreeMap<IpAddr, Device> {
     let mut drivers: HashMap<u32, bool> = HashMap::new();
     let mut device = |route: &RoutedLink| {
-        let RoutedLink { name, index, pod, .. } = route;
+        let RoutedLink { name, index, pod, queued, .. } = route;
         let index = *index;
         let peer = *drivers.entry(index).or_insert_with(|| {
             sys::driver(name).is_ok_and(|driver| matches!(driver.as_str(), "veth" | "netkit"))
         });
-        Device { index, peer, pod: pod.clone() }
+        Device { index, peer, queued: *queued, pod: pod.clone() }
     };
     routes.iter().map(|route| (route.ip, device(route))).collect()
 }
@@ -345,7 +348,9 @@ fn to_endpoint(held: Endpoint) -> abi::Endpoint {
         identity: held.identity,
         ingress: held.ingress,
         egress: held.egress,
-        flags: flag(held.host, endpoint_flag::HOST) | flag(held.peer, endpoint_flag::PEER),
+        flags: flag(held.host, endpoint_flag::HOST)
+            | flag(held.peer, endpoint_flag::PEER)
+            | flag(held.queued, endpoint_flag::QUEUED),
     }
 }
 
@@ -353,6 +358,7 @@ fn from_endpoint(held: abi::Endpoint) -> Endpoint {
     Endpoint {
         device: held.device,
         peer: held.flags & endpoint_flag::PEER != 0,
+        queued: held.flags & endpoint_flag::QUEUED != 0,
         host: held.flags & endpoint_flag::HOST != 0,
         identity: held.identity,
         ingress: held.ingress,
@@ -409,7 +415,13 @@ mod tests {
         }
         let prefix = (7, PortPrefix { proto: 6, port: 8192, bits: 3 });
         assert_eq!(from_ports(&to_ports(&prefix)), prefix);
-        let endpoint = Endpoint { device: 1, peer: true, host: false, identity: 2, ingress: 3, egress: 4 };
-        assert_eq!(from_endpoint(to_endpoint(endpoint)), endpoint);
+        let endpoint = Endpoint { device: 1, identity: 2, ingress: 3, egress: 4, ..Endpoint::default() };
+        for endpoint in [
+            Endpoint { peer: true, ..endpoint },
+            Endpoint { queued: true, ..endpoint },
+            Endpoint { host: true, ..endpoint },
+        ] {
+            assert_eq!(from_endpoint(to_endpoint(endpoint)), endpoint);
+        }
     }
 }

@@ -257,6 +257,7 @@ pub(super) fn link(message: &Message) -> Option<Link> {
         loopback: message.header.flags.contains(LinkFlags::Loopback),
         mac: None,
         peer: None,
+        queued: false,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -265,6 +266,8 @@ pub(super) fn link(message: &Message) -> Option<Link> {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
             LinkAttribute::Link(peer) => link.peer = Some(*peer),
+            // The second: of a link that was never up.
+            LinkAttribute::Qdisc(kind) => link.queued = !matches!(kind.as_str(), "noqueue" | "noop"),
             // Not the running flag: that one is also set while the state is not known yet.
             LinkAttribute::OperState(state) => link.running = link.up && *state == State::Up,
             _ => {}

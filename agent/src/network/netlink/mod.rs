@@ -89,6 +89,8 @@ pub(super) struct Link {
     pub(super) mac: Option<Mac>,
     /// Index of the other end of a pair, in whichever namespace that is.
     pub(super) peer: Option<u32>,
+    /// What it sends waits in a queue that somebody gave it, or that its kind has.
+    pub(super) queued: bool,
 }
 
 /// An address of a link.

@@ -1,4 +1,4 @@
-//! Waits for changes of links, addresses and routes. Invariant: a change that may have been missed counts as one.
+//! Waits for changes of links, their queues, addresses and routes. Invariant: a change that may have been missed counts as one.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,8 +12,8 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::{Connection, Link};
 
-/// RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE (linux/rtnetlink.h).
-const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+/// RTMGRP_LINK, RTMGRP_TC, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE (linux/rtnetlink.h).
+const GROUPS: u32 = 0x1 | 0x8 | 0x10 | 0x40 | 0x100 | 0x400;
 
 /// A socket that hears of changes in the network namespace of the thread that opened it.
 pub(crate) struct Monitor {
@@ -52,6 +52,8 @@ pub(crate) struct RoutedLink {
     pub(crate) name: String,
     /// Its index.
     pub(crate) index: u32,
+    /// What it sends waits in a queue.
+    pub(crate) queued: bool,
     /// Uid of the pod that its alias tells of.
     pub(crate) pod: Option<Box<str>>,
 }
@@ -70,7 +72,8 @@ pub(crate) fn routed_to(
     let found = routes.filter_map(|route| {
         let link = links.get(&route.link?)?;
         let pod = link.alias.as_deref().and_then(&pod).map(Into::into);
-        Some(RoutedLink { ip: route.to.ip(), name: link.name.clone(), index: link.index, pod })
+        let (name, index, queued) = (link.name.clone(), link.index, link.queued);
+        Some(RoutedLink { ip: route.to.ip(), name, index, queued, pod })
     });
     Ok(found.collect())
 }

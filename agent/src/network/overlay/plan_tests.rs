@@ -18,6 +18,7 @@ fn tunnel_link(index: u32, name: &str, mtu: u32) -> TunnelLink {
         loopback: name == "lo",
         mac: Some([2; 6]),
         peer: None,
+        queued: false,
     };
     TunnelLink { link, vxlan: None }
 }

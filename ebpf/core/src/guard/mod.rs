@@ -9,7 +9,9 @@
 //!
 //! A flow goes past the stack once packets of both directions were seen, with the very same tuple, where they come
 //! from and where they go to: nothing on the way translates it. It has to be a second old, too, so that short
-//! connections leave the stack's own tracking as they found it.
+//! connections leave the stack's own tracking as they found it. Both directions stay in the stack where one of them
+//! has to: to a pod whose device has a queue, which limits what the pod receives, and which a packet that is handed to
+//! the peer would never see. What leaves the node is sent by its device, whose queue it waits in.
 
 pub mod parse;
 #[cfg(test)]
@@ -248,7 +250,8 @@ fn judge_again<W: World>(world: &W, work: &mut Work, config: &NetConfig) -> bool
     let allowed = judged.answer == Answer::Allowed;
     if allowed {
         let flags = work.flow.flags & !(bit::CUT | bit::SLOW);
-        work.flow.flags = if judged.slow { flags | bit::SLOW } else { flags };
+        // Back in the stack, its tracking has to see the flow from now on.
+        work.flow.flags = if judged.slow { (flags & !bit::FAST) | bit::SLOW } else { flags };
         let (low, high) = if by_high {
             (judged.dst_device, judged.src_device)
         } else {
@@ -306,7 +309,9 @@ pub fn judge<W: World>(world: &W, src: &Address, dst: &Address, proto: u8, dport
         answer: Answer::Allowed,
         src_device: src_end.device,
         dst_device: dst_end.device,
-        slow: flags & endpoint_flag::HOST != 0 || has_no_peer(&src_end) || has_no_peer(&dst_end),
+        slow: flags & (endpoint_flag::HOST | endpoint_flag::QUEUED) != 0
+            || has_no_peer(&src_end)
+            || has_no_peer(&dst_end),
     };
     if flags & endpoint_flag::HOST != 0 {
         return judged;

@@ -331,6 +331,44 @@ fn flows_that_are_direct_go_past_the_stack() {
 }
 
 #[test]
+fn a_queue_before_a_pod_keeps_its_flows_in_the_stack() {
+    let k = Kernel::new();
+    let queue = |on: bool| {
+        let flags = if on { endpoint_flag::PEER | endpoint_flag::QUEUED } else { endpoint_flag::PEER };
+        k.endpoints.borrow_mut().get_mut(&address(A)).unwrap().flags = flags;
+        k.change(99, Some(LIST));
+    };
+    let (there, back) = (tcp((A, 4000), (B, 80), ACK), tcp((B, 80), (A, 4000), ACK));
+    let (out, home) = (tcp((A, 4000), (R, 80), ACK), tcp((R, 80), (A, 4000), ACK));
+    queue(true);
+    assert!(k.through(&tcp((A, 4000), (B, 80), SYN), DA, DB) && k.through(&back, DB, DA));
+    assert_eq!(k.see(&out, Place::FromPod, DA), Verdict::Pass);
+    for s in 2..4 {
+        k.now_s.set(1000 + s);
+        for (packet, place, device) in [
+            (&there, Place::FromPod, DA),
+            (&there, Place::ToPod, DB),
+            (&back, Place::FromPod, DB),
+            (&back, Place::ToPod, DA),
+            (&out, Place::FromPod, DA),
+            (&home, Place::Arriving, 3),
+            (&home, Place::ToPod, DA),
+        ] {
+            assert_eq!(k.see(packet, place, device), Verdict::Pass, "{place:?} {device}");
+        }
+    }
+    queue(false);
+    // What arrives is judged by the stack's way in after a change.
+    assert_eq!(k.see(&home, Place::ToPod, DA), Verdict::Pass);
+    assert_eq!(k.see(&home, Place::Arriving, 3), Verdict::Peer(DA));
+    assert_eq!(k.see(&back, Place::FromPod, DB), Verdict::Peer(DA));
+    assert_eq!(k.see(&there, Place::FromPod, DA), Verdict::Peer(DB));
+    queue(true);
+    assert_eq!(k.see(&home, Place::Arriving, 3), Verdict::Pass);
+    assert_eq!(k.see(&back, Place::FromPod, DB), Verdict::Pass, "a limit that comes later holds at once");
+}
+
+#[test]
 fn translated_flows_stay_in_the_stack() {
     let k = Kernel::new();
     k.endpoints.borrow_mut().get_mut(&address(B)).unwrap().ingress = 0;
