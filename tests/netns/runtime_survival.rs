@@ -105,6 +105,12 @@ fn pods_outlive_their_agent_and_exits_are_kept_meanwhile() {
     assert_eq!(bed.residue(), Vec::<String>::new());
 }
 
+/// Whether nobody ever asks for the end of this pod: every second one. The end of the others may be under way, told to
+/// their shim and not to be seen yet, at any moment after their agent was killed.
+fn stays(uid: &str) -> bool {
+    uid.rsplit('-').next().and_then(|n| n.parse::<u32>().ok()).is_some_and(|n| n % 2 == 1)
+}
+
 #[test]
 fn an_agent_killed_at_random_moments_leaves_nothing_half_made() {
     if let Some((dir, cgroup)) = agent_place() {
@@ -161,7 +167,7 @@ fn an_agent_killed_at_random_moments_leaves_nothing_half_made() {
                 });
                 continue;
             }
-            for container in &pod.containers {
+            for container in pod.containers.iter().filter(|_| stays(&pod.spec.uid)) {
                 let known = seen.entry(pod.spec.uid.clone()).or_insert(container.pid);
                 assert_eq!(*known, container.pid, "{} was restarted", pod.spec.uid);
                 assert!(is_alive(container.pid), "{} died", pod.spec.uid);
