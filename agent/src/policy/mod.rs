@@ -34,6 +34,7 @@ mod model;
 mod planner;
 mod ports;
 mod ranges;
+mod rows;
 mod selector;
 mod tables;
 #[cfg(test)]

@@ -4,11 +4,13 @@
 use super::model::{Device, Event, Key, Labels, NamedPort, Peer, Pod, Policy, Rule, Which};
 use super::ports::Ports;
 use super::ranges::Ranges;
+use super::rows::{Compiled, Rows};
 use super::tables::{Endpoint, Ids, Tables};
 use sheave_ebpf_abi::ports;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::Hash;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// A peer, and the namespace that it is about when it names none.
 type PeerKey = (Option<Box<str>>, Peer);
@@ -28,14 +30,17 @@ struct SetKey {
     names: Vec<NamedPort>,
 }
 
-/// A set's rows as they were last made.
+/// What a policy asks of its peers in one direction.
 #[derive(Debug, Default)]
-struct Rows {
-    rows: Vec<(u32, u32)>,
-    peers: HashSet<u32>,
-    /// A rule of egress asks for named ports: rows depend on who has some.
-    named: bool,
+struct Asked {
+    /// Each as often as it is named.
+    peers: Vec<u32>,
+    /// Names of ports that receivers are asked for, with their protocol.
+    names: Vec<(Box<str>, u8)>,
 }
+
+/// A direction, and the named ports of the pod where a rule asks for some.
+type Sight = (bool, Vec<NamedPort>);
 
 /// Gives numbers to what is new and keeps those of what is used.
 #[derive(Debug)]
@@ -91,10 +96,20 @@ pub struct Planner {
     peers: Numbers<PeerKey>,
     /// Peers in use, by number.
     known: BTreeMap<u32, PeerKey>,
+    /// How often each is asked for.
+    uses: HashMap<u32, u32>,
+    /// By whom: the directions of policies that are in a set.
+    asked: HashMap<(bool, u32), Asked>,
+    /// The same in order.
+    directions: Vec<(bool, u32)>,
     ranges: Ranges,
     sets: Numbers<SetKey>,
     identities: Numbers<Signature>,
     lists: Numbers<Ports>,
+    /// The sets of pods in the last plan.
+    sets_of: HashMap<Key, [Option<u32>; 2]>,
+    /// Policies in order.
+    compiled: HashMap<Sight, Vec<(u32, Arc<Compiled>)>>,
     rows: HashMap<u32, Rows>,
     identities_of: HashMap<u32, Vec<u32>>,
     synced: [bool; 3],
@@ -116,10 +131,15 @@ impl Planner {
             host: BTreeSet::new(),
             peers: Numbers::new(0),
             known: BTreeMap::new(),
+            uses: HashMap::new(),
+            asked: HashMap::new(),
+            directions: Vec::new(),
             ranges: Ranges::default(),
             sets: Numbers::new(ids.set),
             identities: Numbers::new(ids.identity),
             lists: Numbers::new(ids.ports),
+            sets_of: HashMap::new(),
+            compiled: HashMap::new(),
             rows: HashMap::new(),
             identities_of: HashMap::new(),
             synced: [false; 3],
@@ -291,26 +311,13 @@ impl Planner {
         self.changed = false;
         let mut tables = Tables::default();
         let sets = self.number_sets();
-        let names = self.number_peers(sets.values().flatten().flatten());
+        let used: HashSet<u32> = sets.values().flatten().flatten().copied().collect();
+        self.sets.retain(&used);
+        let names = self.number_peers();
         let identities = self.number_identities(&names, &sets, &mut tables);
         let moved = self.moved_peers(&identities);
-        let used: HashSet<u32> = sets.values().flatten().flatten().copied().collect();
-        self.rows.retain(|set, _| used.contains(set));
-        let keys: HashMap<u32, SetKey> = self
-            .sets
-            .ids
-            .iter()
-            .filter(|(_, id)| used.contains(id))
-            .map(|(key, id)| (*id, key.clone()))
-            .collect();
-        for (set, key) in &keys {
-            let stale = self.rows.get(set).is_none_or(|rows| rows.named || !rows.peers.is_disjoint(&moved));
-            if stale {
-                let rows = self.make_rows(key, &identities);
-                self.rows.insert(*set, rows);
-            }
-        }
-        self.sets.retain(&used);
+        let stale = self.compile(&identities, &moved);
+        self.make_rows(sets, &stale);
         self.write_rows(&mut tables);
         tables
     }
@@ -319,96 +326,116 @@ impl Planner {
     fn number_sets(&mut self) -> HashMap<Key, [Option<u32>; 2]> {
         let mut found = HashMap::new();
         for (key, held) in self.pods.iter().filter(|(_, held)| !held.policies.is_empty()) {
-            let sets = [true, false].map(|ingress| {
-                let rules = |id: &u32| self.policies.get(id).and_then(|p| rules(p, ingress));
-                let policies: Vec<u32> =
-                    held.policies.iter().filter(|id| rules(id).is_some()).copied().collect();
-                if policies.is_empty() {
-                    return None;
+            let mut of = [Vec::new(), Vec::new()];
+            let mut named = false;
+            for id in &held.policies {
+                let Some(policy) = self.policies.get(id) else { continue };
+                if let Some(rules) = &policy.ingress {
+                    of[0].push(*id);
+                    named |= rules.iter().any(is_named);
                 }
-                let named =
-                    ingress && policies.iter().any(|id| rules(id).is_some_and(|r| r.iter().any(is_named)));
-                let names = if named { held.pod.ports.to_vec() } else { Vec::new() };
-                Some(self.sets.of(&SetKey { ingress, policies, names }))
-            });
+                if policy.egress.is_some() {
+                    of[1].push(*id);
+                }
+            }
+            let [ingress, egress] = of;
+            let names = if named { held.pod.ports.to_vec() } else { Vec::new() };
+            let mut number = |ingress, policies: Vec<u32>, names| {
+                (!policies.is_empty()).then(|| self.sets.of(&SetKey { ingress, policies, names }))
+            };
+            let sets = [number(true, ingress, names), number(false, egress, Vec::new())];
             found.insert(key.clone(), sets);
         }
         found
     }
 
-    /// Numbers the peers of these sets and finds who matches those that are new. Gives the named ports that rules of
+    /// Numbers the peers of the sets and finds who matches those that are new. Gives the named ports that rules of
     /// egress ask for.
-    fn number_peers<'a>(&mut self, sets: impl Iterator<Item = &'a u32>) -> HashSet<(Box<str>, u8)> {
-        let used: HashSet<u32> = sets.copied().collect();
-        let mut names = HashSet::new();
-        let mut wanted: HashMap<PeerKey, ()> = HashMap::new();
-        let directions: HashSet<(bool, u32)> = self
-            .sets
-            .ids
-            .iter()
-            .filter(|(_, id)| used.contains(id))
-            .flat_map(|(key, _)| key.policies.iter().map(|policy| (key.ingress, *policy)))
-            .collect();
-        for (ingress, id) in directions {
-            let Some(policy) = self.policies.get(&id) else { continue };
-            for rule in rules(policy, ingress).into_iter().flatten() {
-                for peer in &rule.peers {
-                    wanted.insert(peer_key(policy, peer), ());
-                }
-                for port in rule.ports.iter().filter(|_| !ingress) {
-                    if let Which::Named(name) = &port.which {
-                        names.insert((name.clone(), port.proto));
-                    }
+    fn number_peers(&mut self) -> HashSet<(Box<str>, u8)> {
+        let all = self.sets.ids.keys();
+        let mut directions: Vec<(bool, u32)> =
+            all.flat_map(|key| key.policies.iter().map(|policy| (key.ingress, *policy))).collect();
+        directions.sort();
+        directions.dedup();
+        let mut new = Vec::new();
+        let before = std::mem::take(&mut self.directions);
+        for (ingress, id) in missing(&directions, &before) {
+            let asked = self.ask(ingress, id, &mut new);
+            self.asked.insert((ingress, id), asked);
+        }
+        self.match_pods(&new);
+        let mut gone = HashSet::new();
+        for one in missing(&before, &directions) {
+            for peer in self.asked.remove(&one).unwrap_or_default().peers {
+                let left = self.uses.get(&peer).map_or(0, |n| n - 1);
+                if left == 0 {
+                    self.uses.remove(&peer);
+                    gone.insert(peer);
+                } else {
+                    self.uses.insert(peer, left);
                 }
             }
         }
-        self.know(&wanted);
-        names
+        self.directions = directions;
+        self.forget_peers(&gone);
+        self.asked.values().flat_map(|asked| asked.names.iter().cloned()).collect()
     }
 
-    /// Makes the known peers those that are wanted.
-    fn know(&mut self, wanted: &HashMap<PeerKey, ()>) {
-        let before = self.known.len();
-        let mut blocks_changed = false;
-        self.known.retain(|_, key| {
-            let stays = wanted.contains_key(key);
-            blocks_changed |= !stays && matches!(key.1, Peer::Block { .. });
-            stays
-        });
-        if self.known.len() != before {
-            let known = &self.known;
-            self.pods.values_mut().for_each(|held| held.peers.retain(|id| known.contains_key(id)));
-            self.peers.ids.retain(|_, id| known.contains_key(id));
-        }
-        let mut new = Vec::new();
-        for key in wanted.keys().filter(|key| !self.peers.ids.contains_key(*key)).cloned().collect::<Vec<_>>()
-        {
-            let id = self.peers.of(&key);
-            blocks_changed |= matches!(key.1, Peer::Block { .. });
-            if matches!(key.1, Peer::Pods { .. }) {
-                new.push(id);
+    /// What a policy asks in a direction; peers that are new to selectors are added to `new`.
+    fn ask(&mut self, ingress: bool, id: u32, new: &mut Vec<u32>) -> Asked {
+        let mut asked = Asked::default();
+        let Some(policy) = self.policies.get(&id) else { return asked };
+        for rule in rules(policy, ingress).into_iter().flatten() {
+            for peer in &rule.peers {
+                let key = peer_key(policy, peer);
+                let peer = self.peers.of(&key);
+                asked.peers.push(peer);
+                let uses = self.uses.entry(peer).or_default();
+                *uses += 1;
+                if *uses > 1 {
+                    continue;
+                }
+                match key.1 {
+                    Peer::Block { .. } => self.ranges.add(peer, &key.1),
+                    Peer::Pods { .. } => new.push(peer),
+                }
+                self.known.insert(peer, key);
             }
-            self.known.insert(id, key);
+            for port in rule.ports.iter().filter(|_| !ingress) {
+                if let Which::Named(name) = &port.which {
+                    asked.names.push((name.clone(), port.proto));
+                }
+            }
         }
-        if blocks_changed {
-            self.ranges = Ranges::new(self.known.iter().map(|(id, (_, peer))| (*id, peer)));
-        }
-        new.sort_unstable();
+        asked
+    }
+
+    /// Finds the pods that new peers match.
+    fn match_pods(&mut self, new: &[u32]) {
         let mut found: Vec<(Key, u32)> = Vec::new();
         for id in new {
-            let Some(peer) = self.known.get(&id) else { continue };
-            found.extend(
-                self.pods
-                    .iter()
-                    .filter(|(_, held)| self.matches(peer, &held.pod))
-                    .map(|(key, _)| (key.clone(), id)),
-            );
+            let Some(peer) = self.known.get(id) else { continue };
+            let matching = self.pods.iter().filter(|(_, held)| self.matches(peer, &held.pod));
+            found.extend(matching.map(|(key, _)| (key.clone(), *id)));
         }
         for (key, id) in found {
             if let Some(held) = self.pods.get_mut(&key) {
                 held.peers.push(id);
             }
         }
+    }
+
+    /// Forgets peers that nobody asks for any more.
+    fn forget_peers(&mut self, gone: &HashSet<u32>) {
+        if gone.is_empty() {
+            return;
+        }
+        for id in gone {
+            let Some(key) = self.known.remove(id) else { continue };
+            self.ranges.remove(*id, &key.1);
+            self.peers.ids.remove(&key);
+        }
+        self.pods.values_mut().for_each(|held| held.peers.retain(|id| !gone.contains(id)));
     }
 
     /// Fills in endpoints and ranges. Gives the identities in use.
@@ -497,70 +524,134 @@ impl Planner {
         before.keys().chain(now.keys()).filter(|peer| before.get(*peer) != now.get(*peer)).copied().collect()
     }
 
-    /// The rows of a set.
-    fn make_rows(&mut self, key: &SetKey, identities: &[(u32, Signature)]) -> Rows {
-        let mut rest = Ports::default();
-        let mut own: HashMap<u32, Ports> = HashMap::new();
-        let mut made = Rows::default();
-        let all = key.policies.iter().filter_map(|id| self.policies.get(id));
-        for (policy, rule) in
-            all.flat_map(|p| rules(p, key.ingress).into_iter().flatten().map(move |r| (p, r)))
-        {
-            let asks = !key.ingress && is_named(rule);
+    /// Compiles what is new, and again what is not as it was. Gives the directions of policies that this concerns.
+    fn compile(&mut self, identities: &[(u32, Signature)], moved: &HashSet<u32>) -> HashMap<bool, Vec<u32>> {
+        let mut stale: HashMap<bool, Vec<u32>> = HashMap::new();
+        let mut wanted: HashMap<Sight, Vec<u32>> = HashMap::new();
+        for key in self.sets.ids.keys() {
+            wanted.entry((key.ingress, key.names.clone())).or_default().extend(&key.policies);
+        }
+        let mut before = std::mem::take(&mut self.compiled);
+        for (sight, mut policies) in wanted {
+            policies.sort();
+            policies.dedup();
+            let mut held = before.remove(&sight).unwrap_or_default().into_iter().peekable();
+            let mut now = Vec::with_capacity(policies.len());
+            for policy in policies {
+                while held.next_if(|(id, _)| *id < policy).is_some() {}
+                let kept = held.next_if(|(id, _)| *id == policy).filter(|(_, held)| {
+                    !held.named && (moved.is_empty() || !held.peers.iter().any(|peer| moved.contains(peer)))
+                });
+                now.push(kept.unwrap_or_else(|| {
+                    stale.entry(sight.0).or_default().push(policy);
+                    (policy, Arc::new(self.compile_one(policy, &sight, identities)))
+                }));
+            }
+            self.compiled.insert(sight, now);
+        }
+        stale
+    }
+
+    fn compile_one(&self, id: u32, (ingress, names): &Sight, identities: &[(u32, Signature)]) -> Compiled {
+        let mut made = Compiled::default();
+        let Some(policy) = self.policies.get(&id) else { return made };
+        for rule in rules(policy, *ingress).into_iter().flatten() {
+            let asks = !ingress && is_named(rule);
             made.named |= asks;
-            let allowed = rule_ports(rule, &key.names);
+            let allowed = Arc::new(rule_ports(rule, names));
+            // Only these depend on all identities.
+            let asking = if asks { identities } else { &[] };
+            let seen_by = |signature: &Signature| Arc::new(rule_ports(rule, &signature.names));
             if rule.peers.is_empty() {
-                rest.extend(&allowed);
-                for (id, signature) in identities.iter().filter(|_| asks) {
-                    own.entry(*id).or_default().extend(&rule_ports(rule, &signature.names));
-                }
+                made.rest.push(allowed.clone());
+                made.own.extend(asking.iter().map(|(id, s)| (*id, seen_by(s))));
             }
             for peer in &rule.peers {
                 let Some(peer) = self.peers.ids.get(&peer_key(policy, peer)) else { continue };
-                made.peers.insert(*peer);
-                for id in self.identities_of.get(peer).into_iter().flatten() {
-                    own.entry(*id).or_default().extend(&allowed);
-                }
-                for (id, signature) in identities.iter().filter(|(_, s)| asks && s.peers.contains(peer)) {
-                    own.entry(*id).or_default().extend(&rule_ports(rule, &signature.names));
-                }
-            }
-        }
-        let rest = rest.normal();
-        made.rows.push((0, self.number_list(&rest)));
-        for (identity, mut allowed) in own {
-            allowed.extend(&rest);
-            let allowed = allowed.normal();
-            if allowed != rest {
-                made.rows.push((identity, self.number_list(&allowed)));
+                made.peers.push(*peer);
+                let matching = self.identities_of.get(peer).into_iter().flatten();
+                made.own.extend(matching.map(|id| (*id, allowed.clone())));
+                let matching = asking.iter().filter(|(_, s)| s.peers.contains(peer));
+                made.own.extend(matching.map(|(id, s)| (*id, seen_by(s))));
             }
         }
         made
     }
 
-    fn number_list(&mut self, list: &Ports) -> u32 {
-        if list.is_all() {
-            ports::ALL
-        } else if list.is_empty() {
-            ports::NONE
-        } else {
-            self.lists.of(list)
+    /// Brings the rows of the sets up to date. A set that is new begins as the one that a pod of its had before.
+    fn make_rows(&mut self, sets: HashMap<Key, [Option<u32>; 2]>, stale: &HashMap<bool, Vec<u32>>) {
+        let before = std::mem::replace(&mut self.sets_of, sets);
+        let mut origins = HashMap::new();
+        for (pod, sets) in &self.sets_of {
+            let had = before.get(pod).copied().unwrap_or_default();
+            origins.extend(sets.iter().zip(had).filter_map(|(is, was)| Some(((*is)?, was?))));
         }
+        let is_used: HashSet<u32> = self.sets.ids.values().copied().collect();
+        for (key, set) in &self.sets.ids {
+            let is_stale = || {
+                let policies = stale.get(&key.ingress);
+                policies.into_iter().flatten().any(|policy| key.policies.binary_search(policy).is_ok())
+            };
+            let mut rows = match self.rows.remove(set) {
+                Some(rows) if !is_stale() => {
+                    self.rows.insert(*set, rows);
+                    continue;
+                }
+                Some(rows) => rows,
+                None => match origins.get(set) {
+                    Some(origin) if is_used.contains(origin) => {
+                        self.rows.get(origin).cloned().unwrap_or_default()
+                    }
+                    Some(origin) => self.rows.remove(origin).unwrap_or_default(),
+                    None => Rows::default(),
+                },
+            };
+            let sight = (key.ingress, key.names.clone());
+            let all = self.compiled.get(&sight).map(Vec::as_slice).unwrap_or_default();
+            let compiled = |policy: &u32| {
+                let at = all.binary_search_by_key(policy, |(id, _)| *id).ok()?;
+                Some(all[at].clone())
+            };
+            let lists = &mut self.lists;
+            rows.update(key.policies.iter().filter_map(compiled).collect(), |list| number_list(lists, list));
+            self.rows.insert(*set, rows);
+        }
+        self.rows.retain(|set, _| is_used.contains(set));
     }
 
     /// Fills in rows and the lists that they name.
     fn write_rows(&mut self, tables: &mut Tables) {
         let mut used = HashSet::new();
         for (set, rows) in &self.rows {
-            for (identity, list) in &rows.rows {
-                tables.verdicts.insert((*set, *identity), *list);
-                used.insert(*list);
+            for (identity, list) in rows.rows() {
+                tables.verdicts.insert((*set, identity), list);
+                used.insert(list);
             }
         }
         self.lists.retain(&used);
         for (list, id) in &self.lists.ids {
             tables.ports.extend(list.prefixes().into_iter().map(|prefix| ((*id, prefix), ())));
         }
+    }
+}
+
+/// What of `all` is not in `other`; both are in order.
+fn missing<T: Ord + Copy>(all: &[T], other: &[T]) -> Vec<T> {
+    let mut other = other.iter().peekable();
+    let is_missing = |one: &&T| {
+        while other.next_if(|held| held < one).is_some() {}
+        other.peek() != Some(one)
+    };
+    all.iter().filter(is_missing).copied().collect()
+}
+
+fn number_list(lists: &mut Numbers<Ports>, list: &Ports) -> u32 {
+    if list.is_all() {
+        ports::ALL
+    } else if list.is_empty() {
+        ports::NONE
+    } else {
+        lists.of(list)
     }
 }
 

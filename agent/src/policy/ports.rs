@@ -1,6 +1,7 @@
-//! Lists of ports. Invariant: lists that allow the same are equal, and the prefixes of a list cover just its ports.
+//! Lists of ports. Invariant: normal lists that allow the same are equal, and the prefixes of a list cover just its
+//! ports.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Ports that something is allowed on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,34 +33,12 @@ impl Ports {
         }
     }
 
-    pub(super) fn extend(&mut self, other: &Self) {
-        self.all |= other.all;
-        self.ranges.extend(&other.ranges);
-    }
-
     pub(super) fn is_all(&self) -> bool {
         self.all
     }
 
     pub(super) fn is_empty(&self) -> bool {
         !self.all && self.ranges.is_empty()
-    }
-
-    /// Ranges of a protocol that touch become one.
-    pub(super) fn normal(&self) -> Self {
-        if self.all {
-            return Self { all: true, ranges: BTreeSet::new() };
-        }
-        let mut merged: Vec<(u8, u16, u16)> = Vec::new();
-        for (proto, first, last) in &self.ranges {
-            match merged.last_mut() {
-                Some((held, _, end)) if held == proto && u32::from(*first) <= u32::from(*end) + 1 => {
-                    *end = (*end).max(*last);
-                }
-                _ => merged.push((*proto, *first, *last)),
-            }
-        }
-        Self { all: false, ranges: merged.into_iter().collect() }
     }
 
     /// The fewest prefixes that cover a normal list.
@@ -80,10 +59,75 @@ impl Ports {
     }
 }
 
+/// Ranges of a protocol that touch become one; they come in order.
+fn merged(ranges: impl Iterator<Item = (u8, u16, u16)>) -> Ports {
+    let mut merged: Vec<(u8, u16, u16)> = Vec::new();
+    for (proto, first, last) in ranges {
+        match merged.last_mut() {
+            Some((held, _, end)) if *held == proto && u32::from(first) <= u32::from(*end) + 1 => {
+                *end = (*end).max(last);
+            }
+            _ => merged.push((proto, first, last)),
+        }
+    }
+    Ports { all: false, ranges: merged.into_iter().collect() }
+}
+
+/// The sum of lists, each of which can be taken out again.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Counted {
+    all: u32,
+    ranges: BTreeMap<(u8, u16, u16), u32>,
+}
+
+impl Counted {
+    /// Adds a list, or takes out one that was added or will be.
+    pub(super) fn count(&mut self, ports: &Ports, is_new: bool) {
+        let by = |n: &mut u32| *n = if is_new { n.wrapping_add(1) } else { n.wrapping_sub(1) };
+        if ports.all {
+            by(&mut self.all);
+        }
+        for range in &ports.ranges {
+            let n = self.ranges.entry(*range).or_default();
+            by(n);
+            if *n == 0 {
+                self.ranges.remove(range);
+            }
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.all == 0 && self.ranges.is_empty()
+    }
+
+    /// What is allowed, as a normal list.
+    pub(super) fn normal(&self) -> Ports {
+        self.normal_with(&Self::default())
+    }
+
+    /// What is allowed here or there, as a normal list.
+    pub(super) fn normal_with(&self, other: &Self) -> Ports {
+        if self.all > 0 || other.all > 0 {
+            return Ports { all: true, ranges: BTreeSet::new() };
+        }
+        if other.ranges.is_empty() {
+            return merged(self.ranges.keys().copied());
+        }
+        let both: BTreeSet<_> = self.ranges.keys().chain(other.ranges.keys()).copied().collect();
+        merged(both.into_iter())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn normal(ports: &Ports) -> Ports {
+        let mut sum = Counted::default();
+        sum.count(ports, true);
+        sum.normal()
+    }
 
     proptest! {
         #[test]
@@ -95,7 +139,7 @@ mod tests {
             for (proto, first, len) in &ranges {
                 ports.add(*proto, *first, first.saturating_add(*len));
             }
-            let prefixes = ports.normal().prefixes();
+            let prefixes = normal(&ports).prefixes();
             let near = ranges.iter().flat_map(|(_, first, len)| {
                 let last = first.saturating_add(*len);
                 [first.wrapping_sub(1), *first, last, last.wrapping_add(1)]
@@ -119,6 +163,6 @@ mod tests {
     fn a_whole_protocol_is_one_prefix() {
         let mut ports = Ports::default();
         ports.add(6, 0, u16::MAX);
-        assert_eq!(ports.normal().prefixes(), [PortPrefix { proto: 6, port: 0, bits: 0 }]);
+        assert_eq!(normal(&ports).prefixes(), [PortPrefix { proto: 6, port: 0, bits: 0 }]);
     }
 }

@@ -3,7 +3,7 @@
 
 use super::model::Peer;
 use ipnetwork::IpNetwork;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 /// The ranges that policies name, and the peers that they belong to.
@@ -11,8 +11,8 @@ use std::net::IpAddr;
 pub(super) struct Ranges {
     /// Peers whose range this is, and peers that it is an exception of.
     prefixes: HashMap<IpNetwork, (Vec<u32>, Vec<u32>)>,
-    /// Lengths of the prefixes of a family, the longest first.
-    lengths: [Vec<u8>; 2],
+    /// Lengths of the prefixes of a family, and how many have each.
+    lengths: [BTreeMap<u8, u32>; 2],
 }
 
 /// The network of `ip` with this length.
@@ -26,22 +26,49 @@ fn normal(range: IpNetwork) -> Option<IpNetwork> {
     network(range.ip(), range.prefix())
 }
 
+/// A peer's range, and its exceptions.
+fn ranges_of(peer: &Peer) -> impl Iterator<Item = (IpNetwork, bool)> {
+    let (cidr, except) = match peer {
+        Peer::Block { cidr, except } => (Some(cidr), &**except),
+        Peer::Pods { .. } => (None, &[][..]),
+    };
+    let all = cidr.into_iter().map(|range| (range, true)).chain(except.iter().map(|range| (range, false)));
+    all.filter_map(|(range, is_in)| Some((normal(*range)?, is_in)))
+}
+
 impl Ranges {
-    pub(super) fn new<'a>(peers: impl Iterator<Item = (u32, &'a Peer)>) -> Self {
-        let mut ranges = Self::default();
-        let mut lengths = [BTreeSet::new(), BTreeSet::new()];
-        for (id, peer) in peers {
-            let Peer::Block { cidr, except } = peer else { continue };
-            let inside = std::iter::once((cidr, true)).chain(except.iter().map(|range| (range, false)));
-            for (range, is_in) in inside {
-                let Some(range) = normal(*range) else { continue };
-                lengths[usize::from(range.is_ipv6())].insert(range.prefix());
-                let held = ranges.prefixes.entry(range).or_default();
-                if is_in { &mut held.0 } else { &mut held.1 }.push(id);
+    /// Takes the ranges of a peer in.
+    pub(super) fn add(&mut self, id: u32, peer: &Peer) {
+        for (range, is_in) in ranges_of(peer) {
+            let lengths = &mut self.lengths[usize::from(range.is_ipv6())];
+            let held = self.prefixes.entry(range).or_insert_with(|| {
+                *lengths.entry(range.prefix()).or_default() += 1;
+                Default::default()
+            });
+            if is_in { &mut held.0 } else { &mut held.1 }.push(id);
+        }
+    }
+
+    /// Takes them out again.
+    pub(super) fn remove(&mut self, id: u32, peer: &Peer) {
+        for (range, is_in) in ranges_of(peer) {
+            let Some(held) = self.prefixes.get_mut(&range) else { continue };
+            let ids = if is_in { &mut held.0 } else { &mut held.1 };
+            if let Some(at) = ids.iter().position(|held| *held == id) {
+                ids.swap_remove(at);
+            }
+            if !held.0.is_empty() || !held.1.is_empty() {
+                continue;
+            }
+            self.prefixes.remove(&range);
+            let lengths = &mut self.lengths[usize::from(range.is_ipv6())];
+            if let Some(n) = lengths.get_mut(&range.prefix()) {
+                *n -= 1;
+                if *n == 0 {
+                    lengths.remove(&range.prefix());
+                }
             }
         }
-        ranges.lengths = lengths.map(|family| family.into_iter().rev().collect());
-        ranges
     }
 
     /// Every prefix that an address may have for its longest.
@@ -62,7 +89,7 @@ impl Ranges {
     fn peers_within(&self, ip: IpAddr, bits_max: u8) -> Vec<u32> {
         let mut found = Vec::new();
         let mut excepted = Vec::new();
-        for bits in self.lengths[usize::from(ip.is_ipv6())].iter().filter(|bits| **bits <= bits_max) {
+        for bits in self.lengths[usize::from(ip.is_ipv6())].range(..=bits_max).rev().map(|(bits, _)| bits) {
             let held = network(ip, *bits).and_then(|prefix| self.prefixes.get(&prefix));
             if let Some((inside, outside)) = held {
                 excepted.extend_from_slice(outside);
