@@ -440,6 +440,7 @@ mod tests {
                         loopback: false,
                         mac: Some(mac),
                         peer: Some(peer),
+                        queued: false,
                     };
                     assert!(node.link.is_none() && pod.link.is_none(), "a name is taken");
                     node.link = Some(link(7, name, *mac, 2));

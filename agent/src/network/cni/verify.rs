@@ -64,6 +64,7 @@ mod tests {
             loopback: false,
             mac: Some([2, 0, 0, 0, 0, 1]),
             peer: Some(7),
+            queued: false,
         };
         let pod = Observed {
             link: Some(link),
