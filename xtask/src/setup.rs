@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{proc, ui};
+use crate::{build, proc, ui};
 
 /// What the host is to be able to do; a verb asks only for what it uses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -118,7 +118,9 @@ pub(crate) fn main(args: &Args) -> Result<()> {
 
 /// Installs what `groups` lack, asking first unless `yes`; silent when nothing does.
 pub(crate) fn ensure(groups: &[Group], yes: bool) -> Result<()> {
-    let missing = Missing::look(groups)?;
+    let mut missing = Missing::look(groups)?;
+    // Nothing needs it.
+    missing.target = false;
     if missing.is_empty() { Ok(()) } else { missing.install(yes) }
 }
 
@@ -128,6 +130,8 @@ struct Missing {
     /// Purpose and names of packages to install.
     packages: Vec<(&'static str, Vec<&'static str>)>,
     linker: bool,
+    /// The plugin's target.
+    target: bool,
 }
 
 impl Missing {
@@ -140,6 +144,8 @@ impl Missing {
                 wanted.push(&BPF_COMPILER);
             }
             missing.linker = !linker_serves();
+            // Without rustup the plugin is linked with the libc that every program is.
+            missing.target = proc::find_tool("rustup").is_some() && !has_target(build::SMALL_TARGET);
             if missing.linker {
                 wanted.push(&LINKER_PACKAGES);
             }
@@ -155,7 +161,7 @@ impl Missing {
     }
 
     fn is_empty(&self) -> bool {
-        self.packages.is_empty() && !self.linker
+        self.packages.is_empty() && !self.linker && !self.target
     }
 
     fn names(&self) -> Vec<&'static str> {
@@ -169,6 +175,9 @@ impl Missing {
         }
         if self.linker {
             eprintln!("  bpf-linker {LINKER_VERSION} by `cargo install`: links the eBPF object");
+        }
+        if self.target {
+            eprintln!("  target {} by `rustup target add`: a smaller network plugin", build::SMALL_TARGET);
         }
     }
 
@@ -185,6 +194,12 @@ impl Missing {
         self.install_packages()?;
         if self.linker {
             install_linker()?;
+        }
+        if self.target {
+            // The plugin is built without it, too.
+            if let Err(error) = add_target() {
+                eprintln!("The network plugin will be larger: {error:#}");
+            }
         }
         rebuild_object()
     }
@@ -224,6 +239,19 @@ fn install_linker() -> Result<()> {
     cargo.args(["install", "bpf-linker", "--locked", "--version", LINKER_VERSION]);
     cargo.args(["--no-default-features", "--features", "llvm-22", "--force"]).env("LLVM_PREFIX", LINKER_LLVM);
     ui::step(&format!("cargo install bpf-linker {LINKER_VERSION} (some minutes)"), &mut cargo)
+}
+
+fn add_target() -> Result<()> {
+    let rustup = proc::find_tool("rustup").context("rustup is gone")?;
+    let mut add = Command::new(rustup);
+    add.args(["target", "add", build::SMALL_TARGET]);
+    ui::step(&format!("rustup target add {}", build::SMALL_TARGET), &mut add)
+}
+
+/// True if the compiler has the standard library for `target`.
+pub(crate) fn has_target(target: &str) -> bool {
+    let sysroot = proc::output(Command::new("rustc").args(["--print", "sysroot"]));
+    sysroot.is_ok_and(|dir| Path::new(dir.trim()).join("lib/rustlib").join(target).join("lib").exists())
 }
 
 /// What was built without a BPF toolchain holds no programs; cargo does not notice by itself that one has come.

@@ -186,14 +186,14 @@ fn second_chance(ring: Ring, run: &str, names: &[String], tally: &mut Tally) -> 
 
 /// Rings run what is shipped: static programs. Also what starts fastest in an emulated machine.
 fn cargo(ring: Ring) -> Command {
-    let mut cargo = build::static_cargo("test");
+    let mut cargo = build::static_cargo("test", build::TARGET);
     cargo.args(ring.selection()).arg("--no-fail-fast");
     cargo
 }
 
 /// Builds one suite of the root package and returns the program.
 pub(crate) fn suite_program(suite: &str) -> Result<PathBuf> {
-    let mut cargo = build::static_cargo("test");
+    let mut cargo = build::static_cargo("test", build::TARGET);
     cargo.args(["--quiet", "--no-run", "--test", suite, "--message-format=json-render-diagnostics"]);
     cargo.stderr(std::process::Stdio::inherit());
     let text = proc::output(&mut cargo)?;
