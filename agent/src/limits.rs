@@ -162,6 +162,10 @@ pub const STALE_SOCKETS_AGAIN_MS: u64 = 200;
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
 /// How long the listener for links waits before it looks whether the agent ends.
 pub const POLICY_LISTEN_MS: i64 = 500;
+/// After a look at the node's links it rests so many times as long as it took.
+pub const POLICY_REST_FACTOR: u32 = 4;
+/// At most: a new pod waits for its policies that much longer.
+pub const POLICY_REST_MS_MAX: u64 = 50;
 /// Longest pause between two tries of a watch.
 pub const WATCH_RETRY_MAX_S: u64 = 5;
 /// With less memory available the node reports MemoryPressure; pods are not promised it.

@@ -10,7 +10,9 @@ use crate::limits;
 use crate::network::{Monitor, end_tracking, has_link, routed_links};
 use sheave_ebpf_abi::NetCounter;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -110,12 +112,14 @@ pub async fn run(
         }
     });
     let stop = shutdown.clone();
+    let rest = Rest::default();
+    let until = rest.clone();
     let listener = std::thread::Builder::new().name("policy-links".to_owned());
-    let listening = listener.spawn(move || listen(&feed, &stop));
+    let listening = listener.spawn(move || listen(&feed, &until, &stop));
     let (done, mut ended) = mpsc::channel::<()>(1);
     let worker = std::thread::Builder::new().name("policy".to_owned());
     let working = worker.spawn(move || {
-        drive(&config, &stats, inbox);
+        drive(&config, &stats, &rest, inbox);
         drop(done);
     });
     if let Err(error) = listening.and(working) {
@@ -129,8 +133,27 @@ pub async fn run(
     tasks.shutdown().await;
 }
 
+/// How long changes of the kernel are gathered before they are told. A look at all links costs more the more pods the
+/// node has, and each new pod changes the kernel several times: without rest the looks of one pod after another would
+/// take a processor and the kernel's lock from those who connect pods.
+#[derive(Clone, Debug, Default)]
+struct Rest(Arc<AtomicU64>);
+
+impl Rest {
+    /// After a look that took so long.
+    fn after(&self, took: Duration) {
+        let rest = took.saturating_mul(limits::POLICY_REST_FACTOR);
+        self.0.store(u64::try_from(rest.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn take(&self) {
+        let longest = limits::millis(limits::POLICY_REST_MS_MAX);
+        std::thread::sleep(Duration::from_micros(self.0.load(Ordering::Relaxed)).min(longest));
+    }
+}
+
 /// Tells of changes in the kernel until nobody listens.
-fn listen(feed: &mpsc::Sender<Feed>, stop: &CancellationToken) {
+fn listen(feed: &mpsc::Sender<Feed>, rest: &Rest, stop: &CancellationToken) {
     let mut monitor = None;
     while !stop.is_cancelled() && !feed.is_closed() {
         let heard = match &mut monitor {
@@ -139,7 +162,11 @@ fn listen(feed: &mpsc::Sender<Feed>, stop: &CancellationToken) {
         };
         match heard {
             // One that waits already says the same.
-            Ok(true) => drop(feed.try_send(Feed::Kernel)),
+            Ok(true) => {
+                drop(feed.try_send(Feed::Kernel));
+                // What happens meanwhile waits in the socket.
+                rest.take();
+            }
             Ok(false) => {}
             Err(error) => {
                 tracing::warn!(%error, "listening to the kernel's links; trying again");
@@ -151,7 +178,7 @@ fn listen(feed: &mpsc::Sender<Feed>, stop: &CancellationToken) {
 }
 
 /// The thread's loop.
-fn drive(config: &PolicyConfig, stats: &PolicyStats, mut inbox: mpsc::Receiver<Feed>) {
+fn drive(config: &PolicyConfig, stats: &PolicyStats, rest: &Rest, mut inbox: mpsc::Receiver<Feed>) {
     let mut worker: Option<Worker> = None;
     let mut waiting = Vec::new();
     while let Some(first) = inbox.blocking_recv() {
@@ -177,7 +204,12 @@ fn drive(config: &PolicyConfig, stats: &PolicyStats, mut inbox: mpsc::Receiver<F
         }
         let Some(worker) = &mut worker else { continue };
         waiting.drain(..).for_each(|event| worker.planner.handle(event));
-        match worker.round(config, kernel, tick) {
+        let begun = Instant::now();
+        let round = worker.round(config, kernel, tick);
+        if kernel {
+            rest.after(begun.elapsed());
+        }
+        match round {
             Ok(changed) => worker.tell(stats, changed, tick),
             Err(error) => trouble(stats, &error, "network policies are not as they should be; trying again"),
         }

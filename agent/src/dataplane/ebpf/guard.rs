@@ -176,6 +176,10 @@ impl Guard {
             .collect();
         let mut errors = Vec::new();
         let mut done = BTreeSet::new();
+        if check {
+            // Kept between looks: loading costs far more than attaching.
+            self.object = None;
+        }
         for (name, pod) in &wanted {
             let known = !is_new && !check && self.attached.contains(&(name.clone(), *pod));
             match if known { Ok(()) } else { self.attach_one(name, *pod, is_new) } {
@@ -193,7 +197,6 @@ impl Guard {
             uplink::forget_gone(&self.dir)?;
         }
         self.attached = done;
-        self.object = None;
         match errors.pop() {
             Some(error) => Err(error),
             None if is_new => self.maps.config.put(&0, &NetConfig { object_digest: words, ..self.config()? }),
