@@ -162,6 +162,8 @@ pub const STALE_SOCKETS_AGAIN_MS: u64 = 200;
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
 /// How long the listener for links waits before it looks whether the agent ends.
 pub const POLICY_LISTEN_MS: i64 = 500;
+/// Devices of new pods that get the programs in one look after everything while pods keep coming and no policy is there.
+pub const POLICY_ATTACHED_WHILE_BUSY_MAX: usize = 8;
 /// After a look at the node's links it rests so many times as long as it took.
 pub const POLICY_REST_FACTOR: u32 = 4;
 /// At most: a new pod waits for its policies that much longer.

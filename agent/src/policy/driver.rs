@@ -67,6 +67,8 @@ enum Feed {
     Event(Event),
     /// Links, addresses or routes changed.
     Kernel,
+    /// They have not, for a while.
+    Quiet,
     /// Look after everything.
     Tick,
 }
@@ -154,7 +156,7 @@ impl Rest {
 
 /// Tells of changes in the kernel until nobody listens.
 fn listen(feed: &mpsc::Sender<Feed>, rest: &Rest, stop: &CancellationToken) {
-    let mut monitor = None;
+    let (mut monitor, mut busy) = (None, false);
     while !stop.is_cancelled() && !feed.is_closed() {
         let heard = match &mut monitor {
             None => Monitor::open().map(|opened| monitor = Some(opened)).map(|()| true),
@@ -163,10 +165,12 @@ fn listen(feed: &mpsc::Sender<Feed>, rest: &Rest, stop: &CancellationToken) {
         match heard {
             // One that waits already says the same.
             Ok(true) => {
+                busy = true;
                 drop(feed.try_send(Feed::Kernel));
                 // What happens meanwhile waits in the socket.
                 rest.take();
             }
+            Ok(false) if busy => busy = feed.try_send(Feed::Quiet).is_err(),
             Ok(false) => {}
             Err(error) => {
                 tracing::warn!(%error, "listening to the kernel's links; trying again");
@@ -182,10 +186,11 @@ fn drive(config: &PolicyConfig, stats: &PolicyStats, rest: &Rest, mut inbox: mps
     let mut worker: Option<Worker> = None;
     let mut waiting = Vec::new();
     while let Some(first) = inbox.blocking_recv() {
-        let (mut kernel, mut tick) = (false, false);
+        let (mut kernel, mut tick, mut quiet) = (false, false, false);
         let mut take = |feed| match feed {
             Feed::Event(event) => waiting.push(event),
             Feed::Kernel => kernel = true,
+            Feed::Quiet => quiet = true,
             Feed::Tick => tick = true,
         };
         take(first);
@@ -200,12 +205,13 @@ fn drive(config: &PolicyConfig, stats: &PolicyStats, rest: &Rest, mut inbox: mps
                     None
                 }
             };
-            (kernel, tick) = (true, true);
+            (kernel, tick, quiet) = (true, true, true);
         }
         let Some(worker) = &mut worker else { continue };
         waiting.drain(..).for_each(|event| worker.planner.handle(event));
         let begun = Instant::now();
-        let round = worker.round(config, kernel, tick);
+        kernel |= worker.is_due(quiet);
+        let round = worker.round(config, Cause { kernel, tick, quiet });
         if kernel {
             rest.after(begun.elapsed());
         }
@@ -222,8 +228,21 @@ fn trouble(stats: &PolicyStats, error: &DataplaneError, what: &str) {
     stats.update(|figures| figures.problem = problem);
 }
 
+/// Why there is a round.
+#[derive(Clone, Copy, Debug)]
+struct Cause {
+    /// Links, addresses or routes changed, or are to be looked at for another reason.
+    kernel: bool,
+    /// It is time to look after everything.
+    tick: bool,
+    /// No pod comes or goes at the moment.
+    quiet: bool,
+}
+
 struct Worker {
     guard: Guard,
+    /// Pods' devices that wait for their programs.
+    put_off: usize,
     planner: Planner,
     /// Flows that had gone past the stack when its tracking was last told.
     fast_flows: u64,
@@ -235,11 +254,42 @@ impl Worker {
     fn open(config: &PolicyConfig) -> Result<Self, DataplaneError> {
         let guard = Guard::open(&config.guard)?;
         let planner = Planner::new(guard.ids());
-        Ok(Self { guard, planner, fast_flows: 0, said: false })
+        Ok(Self { guard, put_off: 0, planner, fast_flows: 0, said: false })
+    }
+
+    /// Whether devices that were put off can wait no longer.
+    fn is_due(&self, quiet: bool) -> bool {
+        self.put_off > 0 && (quiet || self.planner.policies() > 0)
+    }
+
+    /// The pods' devices that get their programs in this round. Attaching one keeps the kernel's lock of links for a
+    /// grace period: while pods come one after the other that would cost each of them more than all else. Where there
+    /// are policies none waits, or it would run unjudged; without them the programs only make packets faster.
+    fn now(&mut self, pods: Vec<String>, cause: Cause) -> Vec<String> {
+        let all = cause.quiet || self.planner.policies() > 0 || !self.planner.synced();
+        let mut room = match (all, cause.tick) {
+            (true, _) => usize::MAX,
+            (false, true) => limits::POLICY_ATTACHED_WHILE_BUSY_MAX,
+            (false, false) => 0,
+        };
+        let (before, guard) = (pods.len(), &self.guard);
+        let now: Vec<String> = pods
+            .into_iter()
+            .filter(|name| {
+                let goes = guard.is_attached(name) || room > 0;
+                if !guard.is_attached(name) {
+                    room = room.saturating_sub(1);
+                }
+                goes
+            })
+            .collect();
+        self.put_off = before - now.len();
+        now
     }
 
     /// One round; true when the kernel was changed.
-    fn round(&mut self, config: &PolicyConfig, kernel: bool, tick: bool) -> Result<bool, DataplaneError> {
+    fn round(&mut self, config: &PolicyConfig, cause: Cause) -> Result<bool, DataplaneError> {
+        let Cause { kernel, tick, .. } = cause;
         if kernel || tick {
             let routes = routed_links(&config.pod_links)
                 .map_err(|source| DataplaneError::Host { op: "list routes to pods", source })?;
@@ -248,6 +298,7 @@ impl Worker {
             let pods: Vec<String> = names.into_iter().filter(|name| !config.uplinks.contains(name)).collect();
             let tunnels = config.tunnels.iter().filter(|name| has_link(name).unwrap_or(false));
             let outs: Vec<String> = config.uplinks.iter().chain(tunnels).cloned().collect();
+            let pods = self.now(pods, cause);
             // Programs before tables: a pod that is told of is one that is judged.
             self.guard.attach(&pods, &outs, tick)?;
             let devices: BTreeMap<_, _> = devices_of(&routes);

@@ -157,7 +157,9 @@ impl NetworkNode {
             let now = self.traces();
             let masquerades = now.iter().any(|line| line.contains("masquerade"));
             let attached = now.iter().any(|line| line.contains(": shv"));
-            let loaded = now.iter().any(|line| line.contains("shv_net_config"));
+            // The node's own addresses are the first that the programs are told of.
+            let told = |line: &String| line.contains("shv_net_endpts") && !line.ends_with(": 0");
+            let loaded = now.iter().any(told);
             if masquerades && loaded && !attached && now == last {
                 return Ok(now);
             }

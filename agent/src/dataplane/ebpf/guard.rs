@@ -162,6 +162,11 @@ impl Guard {
         maps.ports.delete_all(change.delete_ports.iter().map(to_ports))
     }
 
+    /// Whether the pod's device of this name has the programs.
+    pub fn is_attached(&self, name: &str) -> bool {
+        self.attached.contains(&(name.to_owned(), true))
+    }
+
     /// Puts the programs at pods' devices and at those that lead out of the node; devices that are gone are forgotten.
     /// `check`: look at each link again, in case somebody severed one.
     pub fn attach(&mut self, pods: &[String], outs: &[String], check: bool) -> Result<(), DataplaneError> {
