@@ -1,6 +1,7 @@
 //! Policies beside the agent: watches and the kernel's own changes feed it, a thread of its own drives it. Invariant:
 //! whatever waits becomes one round; before the watches told everything, what an agent before this one wrote stays.
 
+use super::attach::{self, Moment};
 use super::{Event, Planner};
 use crate::cluster::policies;
 use crate::dataplane::DataplaneError;
@@ -262,34 +263,9 @@ impl Worker {
         self.put_off > 0 && (quiet || self.planner.policies() > 0)
     }
 
-    /// The pods' devices that get their programs in this round. Attaching one keeps the kernel's lock of links for a
-    /// grace period: while pods come one after the other that would cost each of them more than all else. Where there
-    /// are policies none waits, or it would run unjudged; without them the programs only make packets faster.
-    fn now(&mut self, pods: Vec<String>, cause: Cause) -> Vec<String> {
-        let all = cause.quiet || self.planner.policies() > 0 || !self.planner.synced();
-        let mut room = match (all, cause.tick) {
-            (true, _) => usize::MAX,
-            (false, true) => limits::POLICY_ATTACHED_WHILE_BUSY_MAX,
-            (false, false) => 0,
-        };
-        let (before, guard) = (pods.len(), &self.guard);
-        let now: Vec<String> = pods
-            .into_iter()
-            .filter(|name| {
-                let goes = guard.is_attached(name) || room > 0;
-                if !guard.is_attached(name) {
-                    room = room.saturating_sub(1);
-                }
-                goes
-            })
-            .collect();
-        self.put_off = before - now.len();
-        now
-    }
-
     /// One round; true when the kernel was changed.
     fn round(&mut self, config: &PolicyConfig, cause: Cause) -> Result<bool, DataplaneError> {
-        let Cause { kernel, tick, .. } = cause;
+        let Cause { kernel, tick, quiet } = cause;
         if kernel || tick {
             let routes = routed_links(&config.pod_links)
                 .map_err(|source| DataplaneError::Host { op: "list routes to pods", source })?;
@@ -298,7 +274,10 @@ impl Worker {
             let pods: Vec<String> = names.into_iter().filter(|name| !config.uplinks.contains(name)).collect();
             let tunnels = config.tunnels.iter().filter(|name| has_link(name).unwrap_or(false));
             let outs: Vec<String> = config.uplinks.iter().chain(tunnels).cloned().collect();
-            let pods = self.now(pods, cause);
+            let judged = self.planner.policies() > 0 || !self.planner.synced();
+            let moment = Moment { quiet, tick, judged };
+            let (pods, put_off) = attach::now(pods, |name| self.guard.is_attached(name), moment);
+            self.put_off = put_off;
             // Programs before tables: a pod that is told of is one that is judged.
             self.guard.attach(&pods, &outs, tick)?;
             let devices: BTreeMap<_, _> = devices_of(&routes);

@@ -29,6 +29,7 @@
 //! - Policies are about the addresses that a pod's link sees: a service's clients are judged by the backend's address
 //!   where the translation happens at their socket.
 
+mod attach;
 pub mod driver;
 mod model;
 mod planner;
