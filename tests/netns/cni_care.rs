@@ -323,17 +323,20 @@ pub(crate) fn gc_twice(plugin: Plugin) {
     bed.at_rest();
     let (stale, kept) = (Ctr::new(), Ctr::new());
     let (first, _) = (bed.add(&stale, &config), bed.add(&kept, &config));
+    // The table of endpoints follows in its own time: two addresses of the node, two of each attachment.
+    let told = |count: usize| {
+        wait_for(&format!("{count} endpoints"), || {
+            let all = bed.everything();
+            let end = format!("shv_net_endpts: {count}");
+            if all.iter().any(|line| line.ends_with(&end)) { Ok(all) } else { Err(format!("{all:?}")) }
+        })
+    };
+    told(6);
     gc(&bed, &config, &[&kept]).silent();
     bed.assert_gone(&first);
-    // The table of endpoints follows attachments in its own time.
-    let all = |bed: &Bed| {
-        let mut all = bed.everything();
-        all.retain(|line| !line.contains("shv_net_endpts"));
-        all
-    };
-    let before = all(&bed);
+    let before = told(4);
     gc(&bed, &config, &[&kept]).silent();
-    assert_eq!(all(&bed), before);
+    assert_eq!(bed.everything(), before);
 }
 
 /// A VXLAN device that takes what the overlay's needs, so that it can't be put back.
