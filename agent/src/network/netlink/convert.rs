@@ -15,7 +15,8 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
+    RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
@@ -301,17 +302,23 @@ pub(super) fn address(message: &Message) -> Option<Address> {
     })
 }
 
-/// A unicast route and its table.
-pub(super) fn route(message: &Message) -> Option<(u32, Route)> {
-    let Message::NewRoute(message) = message else { return None };
+/// What a message says of a route of any kind.
+pub(super) struct RouteParts {
+    pub(super) table: u32,
+    pub(super) route: Route,
+    /// Bytes; 0 where the route names none.
+    pub(super) mtu: u32,
+}
+
+pub(super) fn route_parts(message: &RouteMessage) -> Option<RouteParts> {
     let header = &message.header;
-    let mut table = u32::from(header.table);
     let any = match header.address_family {
         AddressFamily::Inet => IpAddr::from([0_u8; 4]),
         AddressFamily::Inet6 => IpAddr::from([0_u8; 16]),
         _ => return None,
     };
-    let (mut to, mut via, mut src, mut link, mut metric) = (any, None, None, None, 0);
+    let (mut to, mut table, mut mtu) = (any, u32::from(header.table), 0);
+    let (mut via, mut src, mut link, mut metric) = (None, None, None, 0);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(wide) => table = *wide,
@@ -320,19 +327,30 @@ pub(super) fn route(message: &Message) -> Option<(u32, Route)> {
             RouteAttribute::PrefSource(address) => src = ip(address),
             RouteAttribute::Oif(index) => link = Some(*index),
             RouteAttribute::Priority(priority) => metric = *priority,
+            RouteAttribute::Metrics(metrics) => {
+                let of = |metric: &RouteMetric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                };
+                mtu = metrics.iter().find_map(of).unwrap_or(0);
+            }
             // Of several next hops the first stands for the route.
             RouteAttribute::MultiPath(hops) => link = link.or(hops.first().map(|hop| hop.interface_index)),
             _ => {}
         }
     }
-    if header.kind != RouteType::Unicast {
-        return None;
-    }
     let to = IpNetwork::new(to, header.destination_prefix_length).ok()?;
-    Some((table, Route { link, to, via, src, metric }))
+    Some(RouteParts { table, route: Route { link, to, via, src, metric }, mtu })
 }
 
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
+/// A unicast route and its table.
+pub(super) fn route(message: &Message) -> Option<(u32, Route)> {
+    let Message::NewRoute(message) = message else { return None };
+    let parts = route_parts(message)?;
+    (message.header.kind == RouteType::Unicast).then_some((parts.table, parts.route))
+}
+
+pub(super) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
         RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),

@@ -14,11 +14,12 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteScope, RouteType,
+    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 
-use super::{Connection, Link, Mac, Neighbour, convert};
+use super::convert::RouteParts;
+use super::{Connection, Link, Mac, Neighbour, Route, convert};
 
 /// A VXLAN device's own settings; what it is made with and can't change later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -311,43 +312,17 @@ fn route_message(route: &OwnedRoute) -> RouteMessage {
 
 fn owned_route(message: &Message) -> Option<OwnedRoute> {
     let Message::NewRoute(message) = message else { return None };
-    let header = &message.header;
-    let any = match header.address_family {
-        AddressFamily::Inet => IpAddr::from([0_u8; 4]),
-        AddressFamily::Inet6 => IpAddr::from([0_u8; 16]),
-        _ => return None,
-    };
-    let (mut to, mut table, mut link) = (any, u32::from(header.table), None);
-    let (mut via, mut src, mut metric, mut mtu) = (None, None, 0, 0);
-    for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Table(wide) => table = *wide,
-            RouteAttribute::Destination(address) => to = ip(address)?,
-            RouteAttribute::Gateway(address) => via = ip(address),
-            RouteAttribute::PrefSource(address) => src = ip(address),
-            RouteAttribute::Oif(index) => link = Some(*index),
-            RouteAttribute::Priority(priority) => metric = *priority,
-            RouteAttribute::Metrics(metrics) => {
-                let of = |metric: &RouteMetric| match metric {
-                    RouteMetric::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                };
-                mtu = metrics.iter().find_map(of).unwrap_or(0);
-            }
-            RouteAttribute::MultiPath(hops) => link = link.or(hops.first().map(|hop| hop.interface_index)),
-            _ => {}
-        }
+    let RouteParts { table, route: Route { link, to, via, src, metric }, mtu } =
+        convert::route_parts(message)?;
+    if table != convert::MAIN_TABLE {
+        return None;
     }
-    let kind = match header.kind {
+    let kind = match message.header.kind {
         RouteType::Unicast => RouteKind::Unicast,
         RouteType::Unreachable => RouteKind::Unreachable,
         _ => RouteKind::Other,
     };
-    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
-        return None;
-    }
-    let to = IpNetwork::new(to, header.destination_prefix_length).ok()?;
-    Some(OwnedRoute { to, kind, link, via, src, metric, protocol: header.protocol.into(), mtu })
+    Some(OwnedRoute { to, kind, link, via, src, metric, protocol: message.header.protocol.into(), mtu })
 }
 
 fn reach(message: &Message) -> Option<Reach> {
@@ -359,21 +334,13 @@ fn reach(message: &Message) -> Option<Reach> {
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => link = Some(*index),
-            RouteAttribute::Gateway(address) => via = ip(address),
+            RouteAttribute::Gateway(address) => via = convert::ip(address),
             // An IPv4 destination behind an IPv6 router.
             RouteAttribute::Via(_) => via = via.or(Some(IpAddr::from([0_u8; 16]))),
             _ => {}
         }
     }
     Some(Reach { link: link?, via })
-}
-
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
-    match address {
-        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
-        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
-        _ => None,
-    }
 }
 
 fn address_message(link: u32, ip: IpAddr) -> AddressMessage {
