@@ -298,7 +298,7 @@ fn wire_len<P: Packet>(packet: &P, headers: &Headers) -> u32 {
 /// Lets a translated packet out of another device.
 #[inline(always)]
 pub fn redirect<P: Packet, E: Table>(packet: &mut P, env: &E, headers: &Headers) -> Verdict {
-    if packet::pass_hop(packet, headers) {
+    if packet::pass_hop(packet, headers.v6, headers.proto, headers.hops) {
         Verdict::Redirect
     } else {
         env.count(Counter::RewriteFailed);

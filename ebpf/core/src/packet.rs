@@ -35,10 +35,10 @@ const IPV4_TTL: u32 = 8;
 /// Where the hop limit lies in an IPv6 header.
 const IPV6_HOP_LIMIT: u32 = 7;
 
-const TCP_FIN: u8 = 0x01;
-const TCP_SYN: u8 = 0x02;
-const TCP_RST: u8 = 0x04;
-const TCP_ACK: u8 = 0x10;
+pub(crate) const TCP_FIN: u8 = 0x01;
+pub(crate) const TCP_SYN: u8 = 0x02;
+pub(crate) const TCP_RST: u8 = 0x04;
+pub(crate) const TCP_ACK: u8 = 0x10;
 
 /// A TCP or UDP packet's tuple and where its headers lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -404,14 +404,15 @@ fn addresses6<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple, check: 
         && packet.store::<32>(ETHER_LEN + IPV6_ADDRESSES, bytes_of(&new), true)
 }
 
-/// Takes one off the TTL or hop limit, as who forwards a packet must.
+/// Takes one off the TTL or hop limit `hops`, as who forwards a packet must. `proto` is what the IP header says comes
+/// after it.
 #[inline(always)]
-pub fn pass_hop<P: Packet>(packet: &mut P, headers: &Headers) -> bool {
-    let hops = headers.hops.wrapping_sub(1);
-    if headers.v6 {
-        return packet.store::<1>(ETHER_LEN + IPV6_HOP_LIMIT, [hops], true);
+pub fn pass_hop<P: Packet>(packet: &mut P, v6: bool, proto: u8, hops: u8) -> bool {
+    let left = hops.wrapping_sub(1);
+    if v6 {
+        return packet.store::<1>(ETHER_LEN + IPV6_HOP_LIMIT, [left], true);
     }
-    let word = |hops: u8| u16::from_ne_bytes([hops, headers.proto]);
-    packet.fix_l3(ETHER_LEN + IPV4_CHECK, checksum::diff16(word(headers.hops), word(hops)))
-        && packet.store::<1>(ETHER_LEN + IPV4_TTL, [hops], false)
+    let word = |hops: u8| u16::from_ne_bytes([hops, proto]);
+    packet.fix_l3(ETHER_LEN + IPV4_CHECK, checksum::diff16(word(hops), word(left)))
+        && packet.store::<1>(ETHER_LEN + IPV4_TTL, [left], false)
 }

@@ -1,10 +1,11 @@
 //! What a listener is told. Invariant: as long as nobody listens an event costs one look at an array, and one that
 //! does not fit into the ring is counted, never waited for.
 
-use crate::maps::{self, EVENTS, LISTEN, Maps};
+use crate::maps::{EVENTS, LISTEN, Maps};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use sheave_ebpf_abi::{Counter, Event};
 use sheave_ebpf_core::env::Table as _;
+use sheave_ebpf_kernel::value::copy;
 
 /// Nanoseconds in a second.
 const SECOND_NS: u64 = 1_000_000_000;
@@ -12,7 +13,7 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// Writes the event that `make` gives, if somebody listens. Its `time_ns` is filled in here.
 #[inline(always)]
 pub fn tell(make: impl FnOnce() -> Event) {
-    let until_s = LISTEN.get_ptr(0).map_or(0, maps::copy);
+    let until_s = LISTEN.get_ptr(0).map_or(0, copy);
     if until_s == 0 {
         return;
     }

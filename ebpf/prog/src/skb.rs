@@ -1,44 +1,29 @@
-//! A packet of traffic control and its node. Invariant: packet bytes are read and written through helpers only, which
-//! works for non-linear buffers and keeps the device's checksum offload right.
+//! The node that a packet at a device came to. Invariant: what the kernel answers is handed on as it is.
 
 use crate::event::tell;
 use crate::maps::{self, ANSWERS, FLOWS, FRAGMENTS, MARKS, Maps, RANGES};
 use aya_ebpf::{
     EbpfContext,
-    bindings::{
-        BPF_F_CURRENT_NETNS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_NOEXIST,
-        bpf_sock_tuple,
-    },
+    bindings::{BPF_F_CURRENT_NETNS, BPF_NOEXIST, bpf_sock_tuple},
     btf_maps::lpm_trie::Key,
     helpers::generated::{
-        bpf_fib_lookup, bpf_ktime_get_ns, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_sk_lookup_udp,
-        bpf_sk_release, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
-        bpf_skc_lookup_tcp,
+        bpf_fib_lookup, bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     programs::TcContext,
 };
 use core::mem::MaybeUninit;
-use core::ptr::{addr_of, read_volatile};
 use sheave_ebpf_abi::{
     Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey,
     Frontend, Frontend4Key, Frontend6Key, MemberKey, PROTO_TCP, Plain as _, Slot, event_hook, event_kind,
 };
 use sheave_ebpf_core::balance::Work;
-use sheave_ebpf_core::packet::ETHER_LEN;
-use sheave_ebpf_core::env::{Affinities, Claim, Flows, Journey, Node, Packet, Route, Table, Way};
+use sheave_ebpf_core::env::{Affinities, Claim, Flows, Journey, Node, Route, Table, Way};
+use sheave_ebpf_kernel::fib::{AF_INET, AF_INET6, FIB_FRAG_NEEDED, FIB_NO_NEIGH, FIB_SUCCESS, FibLookup};
+use sheave_ebpf_kernel::frame;
+use sheave_ebpf_kernel::value::{copy, replace};
 
 /// EEXIST (asm-generic/errno-base.h).
 const EEXIST: i32 = 17;
-/// BPF_ADJ_ROOM_MAC (uapi/linux/bpf.h).
-const ADJ_ROOM_MAC: u32 = 1;
-/// BPF_FIB_LKUP_RET_* (uapi/linux/bpf.h).
-const FIB_SUCCESS: i64 = 0;
-const FIB_NO_NEIGH: i64 = 7;
-const FIB_FRAG_NEEDED: i64 = 8;
-/// AF_INET and AF_INET6 (linux/socket.h).
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
-
 /// A program's context at a network device.
 pub trait Hook: EbpfContext {
     /// Whether a later hook is there for what this one can't do: it then wants the neighbour's address at once, and
@@ -52,8 +37,7 @@ impl Hook for TcContext {
     const EARLY: bool = false;
     #[inline(always)]
     fn device(&self) -> u32 {
-        // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
-        unsafe { read_volatile(addr_of!((*self.skb.skb).ifindex)) }
+        frame::device(self)
     }
 }
 
@@ -121,13 +105,13 @@ impl<C: Hook> Affinities for Env<'_, C> {
 impl<C: Hook> Flows for Env<'_, C> {
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<Flow> {
-        FLOWS.get_ptr(key).map(maps::copy)
+        FLOWS.get_ptr(key).map(copy)
     }
 
     #[inline(always)]
     fn touch(&self, key: &FlowKey, now_s: u32, state: u16) -> Option<Flow> {
         let held = FLOWS.get_ptr_mut(key)?;
-        let flow = maps::copy(held.cast_const());
+        let flow = copy(held.cast_const());
         // SAFETY: the element stays readable and writable until the program ends; a write that races with its
         // eviction touches only the time and the state of a flow entry.
         unsafe {
@@ -159,19 +143,19 @@ impl<C: Hook> Flows for Env<'_, C> {
 
     #[inline(always)]
     fn mark(&self, place: u32) -> u32 {
-        MARKS.get_ptr(place).map_or(0, maps::copy)
+        MARKS.get_ptr(place).map_or(0, copy)
     }
 
     #[inline(always)]
     fn set_mark(&self, place: u32, now_s: u32) {
         if let Some(mark) = MARKS.get_ptr_mut(place) {
-            maps::replace(mark, &now_s);
+            replace(mark, &now_s);
         }
     }
 
     #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
-        FRAGMENTS.get_ptr(key).map(maps::copy)
+        FRAGMENTS.get_ptr(key).map(copy)
     }
 
     #[inline(always)]
@@ -185,25 +169,6 @@ impl<C: Hook> Flows for Env<'_, C> {
         // SAFETY: the helper takes nothing and cannot fail.
         (unsafe { bpf_ktime_get_ns() } / 1_000_000_000) as u32
     }
-}
-
-/// `struct bpf_fib_lookup` (uapi/linux/bpf.h), its unions as what is used of them here.
-#[repr(C)]
-struct FibLookup {
-    family: u8,
-    proto: u8,
-    sport: u16,
-    dport: u16,
-    /// Length that is asked for; the answer's MTU.
-    len: u16,
-    device: u32,
-    flow_info: u32,
-    src: [u32; 4],
-    /// Destination; the answer's next hop.
-    dst: [u32; 4],
-    vlan: u32,
-    smac: [u8; 6],
-    dmac: [u8; 6],
 }
 
 impl<C: Hook> Node for Env<'_, C> {
@@ -344,114 +309,4 @@ fn tell_packet(work: &Work, reason: Counter, device: u32, hook: u8) {
             ..Event::zeroed()
         }
     });
-}
-
-/// The first words behind the Ethernet header of what lies in one piece from `data` to `end`.
-#[inline(always)]
-pub fn words<const W: usize>(data: usize, end: usize) -> Option<[u32; W]> {
-    const { assert!(W <= 16) };
-    if data + (ETHER_LEN as usize) + W * 4 > end {
-        return None;
-    }
-    let mut words = [0; W];
-    let mut at = 0;
-    while at < W {
-        // SAFETY: the words lie before `end`. They need no alignment on this machine: its verifier has checked the access
-        // for the processor that the program becomes code of.
-        words[at] = unsafe { read_volatile((data as *const u32).byte_add(ETHER_LEN as usize + at * 4)) };
-        at += 1;
-    }
-    Some(words)
-}
-
-/// A packet at a traffic control hook.
-pub struct Skb<'a> {
-    pub ctx: &'a TcContext,
-}
-
-impl Packet for Skb<'_> {
-    #[inline(always)]
-    fn ether_type(&self) -> u16 {
-        // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
-        let protocol = unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).protocol)) };
-        u16::from_be(protocol as u16)
-    }
-
-    #[inline(always)]
-    fn is_tagged(&self) -> bool {
-        // SAFETY: as in `ether_type`.
-        unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).vlan_present)) != 0 }
-    }
-
-    #[inline(always)]
-    fn size(&self) -> u32 {
-        self.ctx.len()
-    }
-
-    #[inline(always)]
-    fn segment_len(&self) -> u32 {
-        // SAFETY: as in `ether_type`.
-        unsafe { read_volatile(addr_of!((*self.ctx.skb.skb).gso_size)) }
-    }
-
-    #[inline(always)]
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
-        // SAFETY: `bytes` has room for N bytes, and the helper writes all of them (zeroes where it fails).
-        unsafe {
-            match bpf_skb_load_bytes(self.ctx.as_ptr(), offset, bytes.as_mut_ptr().cast(), N as u32) {
-                0 => Some(bytes.assume_init()),
-                _ => None,
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn read<const N: usize>(&self, offset: u32, into: &mut [u8; N]) -> bool {
-        // SAFETY: `into` has room for N bytes.
-        unsafe { bpf_skb_load_bytes(self.ctx.as_ptr(), offset, into.as_mut_ptr().cast(), N as u32) == 0 }
-    }
-
-    #[inline(always)]
-    fn words<const W: usize>(&self) -> Option<[u32; W]> {
-        words(self.ctx.data(), self.ctx.data_end())
-    }
-
-    #[inline(always)]
-    fn store<const N: usize>(&mut self, offset: u32, bytes: [u8; N], sums: bool) -> bool {
-        let flags = if sums { u64::from(BPF_F_RECOMPUTE_CSUM) } else { 0 };
-        // SAFETY: `bytes` holds N bytes for the duration of the call.
-        unsafe { bpf_skb_store_bytes(self.ctx.skb.skb, offset, bytes.as_ptr().cast(), N as u32, flags) == 0 }
-    }
-
-    #[inline(always)]
-    fn fix_l3(&mut self, offset: u32, diff: u32) -> bool {
-        // SAFETY: the helper checks the offset; a size of 0 means that the last argument is a difference.
-        unsafe { bpf_l3_csum_replace(self.ctx.skb.skb, offset, 0, u64::from(diff), 0) == 0 }
-    }
-
-    #[inline(always)]
-    fn fix_l4(&mut self, offset: u32, diff: u32, pseudo: bool, zero_is_none: bool) -> bool {
-        let mut flags = 0;
-        if pseudo {
-            flags |= u64::from(BPF_F_PSEUDO_HDR);
-        }
-        if zero_is_none {
-            flags |= u64::from(BPF_F_MARK_MANGLED_0);
-        }
-        // SAFETY: as in `fix_l3`.
-        unsafe { bpf_l4_csum_replace(self.ctx.skb.skb, offset, 0, u64::from(diff), flags) == 0 }
-    }
-
-    #[inline(always)]
-    fn cut(&mut self, len: u32) {
-        // SAFETY: the helper checks the length. Where it refuses, what is left over is not counted by the IP header.
-        unsafe { bpf_skb_change_tail(self.ctx.skb.skb, len, 0) };
-    }
-
-    #[inline(always)]
-    fn insert(&mut self, len: u32) -> bool {
-        // SAFETY: the helper checks the length.
-        unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, len as i32, ADJ_ROOM_MAC, 0) == 0 }
-    }
 }

@@ -19,6 +19,7 @@ use sheave_ebpf_abi::{
 use sheave_ebpf_core::env::{Socket, Table as _};
 use sheave_ebpf_core::resolve::{Caller, Destination, Resolution, resolve};
 use sheave_ebpf_core::select;
+use sheave_ebpf_kernel::value::{copy, replace};
 
 /// IPPROTO_MPTCP (uapi/linux/in.h): behaves as TCP here.
 pub const PROTO_MPTCP: u32 = 262;
@@ -219,7 +220,7 @@ impl Socket for Call<'_> {
     fn stored(&self) -> Option<ReverseEntry> {
         // SAFETY: the context's socket is valid for the whole program.
         let entry = unsafe { REVERSE_SK.get_ptr_mut(self.ctx) };
-        if entry.is_null() { None } else { Some(maps::copy(entry.cast_const())) }
+        if entry.is_null() { None } else { Some(copy(entry.cast_const())) }
     }
 
     #[inline(always)]
@@ -230,13 +231,13 @@ impl Socket for Call<'_> {
         if held.is_null() {
             return false;
         }
-        maps::replace(held, entry);
+        replace(held, entry);
         true
     }
 
     #[inline(always)]
     fn reverse(&self, key: &ReverseKey) -> Option<ReverseValue> {
-        REVERSE_LRU.get_ptr(key).map(maps::copy)
+        REVERSE_LRU.get_ptr(key).map(copy)
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 //! must fit into what the verifier of every kernel takes.
 
 use crate::maps::{self, CALLS};
-use crate::skb::{Env, Skb};
+use crate::skb::Env;
 use aya_ebpf::{
     bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
     helpers::generated::{bpf_redirect, bpf_redirect_neigh},
@@ -17,6 +17,7 @@ use sheave_ebpf_core::answer::{self, Answer};
 use sheave_ebpf_core::balance::{self, Link, Side, Stage, Verdict, Work};
 use sheave_ebpf_core::env::{Route, Table as _};
 use sheave_ebpf_core::{icmp, quick};
+use sheave_ebpf_kernel::frame::Skb;
 
 /// What is carried from program to program in the packet's control block: the device's kind and side, and the answer.
 /// The first word is cleared when the way ends, for a control block is handed on with the packet.

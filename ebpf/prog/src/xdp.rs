@@ -15,11 +15,12 @@ use core::mem::MaybeUninit;
 use core::ptr::{addr_of, read_volatile};
 use sheave_ebpf_abi::{Counter, PROTO_TCP, PROTO_UDP};
 use sheave_ebpf_core::balance::{self, Link, Side, Stage, Verdict};
-use sheave_ebpf_core::{checksum, quick};
 use sheave_ebpf_core::env::{Packet, Table as _};
 use sheave_ebpf_core::packet::{
     ETHER_IPV4, ETHER_IPV6, ETHER_LEN, IPV4_LEN, IPV6_LEN, TCP_CHECK, UDP_CHECK, address6, pair6, word,
 };
+use sheave_ebpf_core::{checksum, quick};
+use sheave_ebpf_kernel::frame::words;
 
 #[xdp]
 pub fn shv_xdp(ctx: XdpContext) -> u32 {
@@ -143,7 +144,7 @@ impl Packet for Frame<'_> {
 
     #[inline(always)]
     fn words<const W: usize>(&self) -> Option<[u32; W]> {
-        crate::skb::words(self.ctx.data(), self.ctx.data_end())
+        words(self.ctx.data(), self.ctx.data_end())
     }
 
     #[inline(always)]

@@ -17,9 +17,8 @@ pub mod parse;
 #[cfg(test)]
 mod tests;
 
-use crate::checksum;
 use crate::env::Packet;
-use crate::packet::{ETHER_LEN, IPV4_CHECK};
+use crate::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use parse::{Kind, NOTHING, Seen};
 use sheave_ebpf_abi::{
     Address, Endpoint, FlowKey, NetConfig, NetCounter, NetFlow, PROTO_TCP, VerdictKey, endpoint_flag,
@@ -28,15 +27,6 @@ use sheave_ebpf_abi::{
 
 /// Seconds that a flow goes through the stack before it goes past it.
 pub const FAST_AFTER_S: u32 = 1;
-/// Where the TTL lies in an IPv4 header.
-const IPV4_TTL: u32 = 8;
-/// Where the hop limit lies in an IPv6 header.
-const IPV6_HOP_LIMIT: u32 = 7;
-/// TCP flags.
-const FIN: u8 = 0x01;
-const SYN: u8 = 0x02;
-const RST: u8 = 0x04;
-const ACK: u8 = 0x10;
 
 /// What the guard knows and remembers.
 pub trait World {
@@ -145,7 +135,7 @@ pub fn pass<W: World, P: Packet>(
     if place == Place::Arriving {
         return if known { arriving(world, work, &config, low, now_s) } else { Verdict::Pass };
     }
-    let opens = work.seen.proto == PROTO_TCP && work.seen.tcp_flags & (SYN | ACK) == SYN;
+    let opens = work.seen.proto == PROTO_TCP && work.seen.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN;
     if !known || opens {
         return open(world, work, &config, place, device, low, now_s);
     }
@@ -419,14 +409,14 @@ fn place_bit(flow: &NetFlow, place: Place, device: u32, low: bool) -> u32 {
 /// What the TCP flags say of a flow's end.
 #[inline(always)]
 fn closing(tcp_flags: u8, low: bool) -> u32 {
-    let fin = if tcp_flags & FIN == 0 {
+    let fin = if tcp_flags & TCP_FIN == 0 {
         0
     } else if low {
         bit::FIN_LOW
     } else {
         bit::FIN_HIGH
     };
-    if tcp_flags & RST == 0 { fin } else { fin | bit::RESET }
+    if tcp_flags & TCP_RST == 0 { fin } else { fin | bit::RESET }
 }
 
 #[inline(always)]
@@ -486,7 +476,7 @@ fn fast<W: World>(
         && flow.flags & wanted == wanted
         && now_s.wrapping_sub(flow.opened_s) >= FAST_AFTER_S;
     // What ends a flow goes the way that the flow went: the stack's own tracking would take it for a stranger's.
-    let unwanted = if flow.flags & bit::FAST == 0 { FIN | SYN | RST } else { SYN };
+    let unwanted = if flow.flags & bit::FAST == 0 { TCP_FIN | TCP_SYN | TCP_RST } else { TCP_SYN };
     let plain = work.seen.tcp_flags & unwanted == 0 && !work.seen.fragment && work.seen.hops > 1;
     if !ready || !plain {
         return Verdict::Pass;
@@ -497,16 +487,4 @@ fn fast<W: World>(
         world.count(NetCounter::FastFlow);
     }
     if dst == 0 { Verdict::Out } else { Verdict::Peer(dst) }
-}
-
-/// Takes one off the TTL or hop limit of a packet that is forwarded here and not by the stack.
-#[inline(always)]
-pub fn hop<P: Packet>(packet: &mut P, seen: &Seen) -> bool {
-    let hops = seen.hops.wrapping_sub(1);
-    if seen.v6 {
-        return packet.store::<1>(ETHER_LEN + IPV6_HOP_LIMIT, [hops], true);
-    }
-    let word = |hops: u8| u16::from_ne_bytes([hops, seen.proto]);
-    packet.fix_l3(ETHER_LEN + IPV4_CHECK, checksum::diff16(word(seen.hops), word(hops)))
-        && packet.store::<1>(ETHER_LEN + IPV4_TTL, [hops], false)
 }

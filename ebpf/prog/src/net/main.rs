@@ -7,7 +7,6 @@
 #![expect(unsafe_code, reason = "map references, context accesses and helpers are unsafe in a BPF program")]
 
 mod maps;
-mod skb;
 
 use aya_ebpf::{
     EbpfContext,
@@ -17,19 +16,14 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use core::mem::MaybeUninit;
-use core::ptr::{addr_of, addr_of_mut, read_volatile};
+use core::ptr::addr_of_mut;
 use maps::Maps;
 use sheave_ebpf_abi::NetCounter;
-use sheave_ebpf_core::guard::{self, Place, Verdict, Work, World as _};
 use sheave_ebpf_core::guard::parse::Seen;
-use skb::Skb;
-
-/// BPF_FIB_LKUP_RET_* (uapi/linux/bpf.h).
-const FIB_SUCCESS: i64 = 0;
-const FIB_NO_NEIGH: i64 = 7;
-/// AF_INET and AF_INET6 (linux/socket.h).
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
+use sheave_ebpf_core::guard::{self, Place, Verdict, Work, World as _};
+use sheave_ebpf_core::packet::pass_hop;
+use sheave_ebpf_kernel::fib::{AF_INET, AF_INET6, FIB_NO_NEIGH, FIB_SUCCESS, FibLookup};
+use sheave_ebpf_kernel::frame::{Skb, device};
 
 /// At the node's end of a pod's pair, for what the pod sends.
 #[classifier]
@@ -58,7 +52,7 @@ fn run(ctx: &TcContext, place: Place) -> i32 {
         Verdict::Pass => TC_ACT_UNSPEC,
         Verdict::Drop => TC_ACT_SHOT as i32,
         Verdict::Peer(to) => {
-            if place == Place::ToPod || !guard::hop(&mut packet, &work.seen) {
+            if place == Place::ToPod || !hop(&mut packet, &work.seen) {
                 return TC_ACT_SHOT as i32;
             }
             Maps.count(if place == Place::FromPod { NetCounter::FastPod } else { NetCounter::FastIn });
@@ -69,30 +63,10 @@ fn run(ctx: &TcContext, place: Place) -> i32 {
     }
 }
 
-/// Index of the device that the packet is at.
+/// As the stack would have done.
 #[inline(always)]
-fn device(ctx: &TcContext) -> u32 {
-    // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
-    unsafe { read_volatile(addr_of!((*ctx.skb.skb).ifindex)) }
-}
-
-/// `struct bpf_fib_lookup` (uapi/linux/bpf.h), its unions as what is used of them here.
-#[repr(C)]
-struct FibLookup {
-    family: u8,
-    proto: u8,
-    sport: u16,
-    dport: u16,
-    /// 0: the kernel holds the packet itself against the MTU.
-    len: u16,
-    device: u32,
-    flow_info: u32,
-    src: [u32; 4],
-    /// Destination; the answer's next hop.
-    dst: [u32; 4],
-    vlan: u32,
-    smac: [u8; 6],
-    dmac: [u8; 6],
+fn hop(packet: &mut Skb<'_>, seen: &Seen) -> bool {
+    pass_hop(packet, seen.v6, seen.proto, seen.hops)
 }
 
 /// Sends the packet where the routing table says, or leaves it to the stack.
@@ -106,6 +80,7 @@ fn out(ctx: &TcContext, packet: &mut Skb<'_>, seen: &Seen) -> i32 {
         proto: seen.proto,
         sport: seen.sport,
         dport: seen.dport,
+        // The kernel holds the packet itself against the MTU.
         len: 0,
         device: device(ctx),
         flow_info: 0,
@@ -122,7 +97,7 @@ fn out(ctx: &TcContext, packet: &mut Skb<'_>, seen: &Seen) -> i32 {
         Maps.count(NetCounter::FastFailed);
         return TC_ACT_UNSPEC;
     }
-    if !guard::hop(packet, seen) {
+    if !hop(packet, seen) {
         return TC_ACT_SHOT as i32;
     }
     let mut to = MaybeUninit::<bpf_redir_neigh>::zeroed();

@@ -7,12 +7,11 @@ use aya_ebpf::{
     helpers::generated::bpf_ktime_get_coarse_ns,
     macros::btf_map,
 };
-use core::mem::MaybeUninit;
-use core::ptr::read_volatile;
 use sheave_ebpf_abi::{
-    Address, Endpoint, FlowKey, NetConfig, NetCounter, NetFlow, Plain, VerdictKey, net_map as map,
+    Address, Endpoint, FlowKey, NetConfig, NetCounter, NetFlow, VerdictKey, net_map as map,
 };
 use sheave_ebpf_core::guard::World;
+use sheave_ebpf_kernel::value::copy;
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -30,24 +29,6 @@ static PORTS: LpmTrie<[u32; 2], u32, { map::PORTS_MAX }> = LpmTrie::new();
 static FLOWS: LruHashMap<FlowKey, NetFlow, { map::FLOWS_MAX }> = LruHashMap::new();
 #[btf_map(name = "shv_net_counts")]
 static COUNTERS: PerCpuArray<u64, { map::COUNTERS_MAX }> = PerCpuArray::new();
-
-/// Copies a map value, reading every word of it exactly once.
-#[inline(always)]
-fn copy<T: Plain>(value: *const T) -> T {
-    const { assert!(size_of::<T>() % 4 == 0 && align_of::<T>() >= 4) };
-    let mut out = MaybeUninit::<T>::uninit();
-    let from = value.cast::<u32>();
-    let into = out.as_mut_ptr().cast::<u32>();
-    let mut word = 0;
-    while word < size_of::<T>() / 4 {
-        // SAFETY: `value` came from a map lookup of this program run: the kernel keeps the element's memory readable
-        // until the program ends. Both places hold size_of::<T>() bytes aligned to 4.
-        unsafe { into.add(word).write(read_volatile(from.add(word))) };
-        word += 1;
-    }
-    // SAFETY: all bytes were written, and every bit pattern of a plain type is valid.
-    unsafe { out.assume_init() }
-}
 
 /// The pinned maps.
 #[derive(Clone, Copy)]

@@ -1,0 +1,41 @@
+//! Map values in and out. Invariant: every word is read or written exactly once, so that the core judges the bytes that it
+//! uses even when the element is recycled meanwhile.
+
+use core::mem::MaybeUninit;
+use core::ptr::{read_volatile, write_volatile};
+use sheave_ebpf_abi::Plain;
+
+/// Copies a map value, reading every word of it exactly once.
+///
+/// Word by word, since LLVM 22 crashes on a volatile copy of a whole struct for this target.
+#[inline(always)]
+pub fn copy<T: Plain>(value: *const T) -> T {
+    const { assert!(size_of::<T>() % 4 == 0 && align_of::<T>() >= 4) };
+    let mut out = MaybeUninit::<T>::uninit();
+    let from = value.cast::<u32>();
+    let into = out.as_mut_ptr().cast::<u32>();
+    let mut word = 0;
+    while word < size_of::<T>() / 4 {
+        // SAFETY: `value` came from a map lookup of this program run: the kernel keeps the element's memory readable
+        // until the program ends. Both places hold size_of::<T>() bytes aligned to 4.
+        unsafe { into.add(word).write(read_volatile(from.add(word))) };
+        word += 1;
+    }
+    // SAFETY: all bytes were written, and every bit pattern of a plain type is valid.
+    unsafe { out.assume_init() }
+}
+
+/// Writes a map value in place, word by word as [`copy`] does.
+#[inline(always)]
+pub fn replace<T: Plain>(place: *mut T, value: &T) {
+    const { assert!(size_of::<T>() % 4 == 0 && align_of::<T>() >= 4) };
+    let from = core::ptr::from_ref(value).cast::<u32>();
+    let into = place.cast::<u32>();
+    let mut word = 0;
+    while word < size_of::<T>() / 4 {
+        // SAFETY: `place` came from a lookup of this program run and stays writable until the program ends; both
+        // places hold size_of::<T>() bytes aligned to 4.
+        unsafe { write_volatile(into.add(word), from.add(word).read()) };
+        word += 1;
+    }
+}
