@@ -8,6 +8,8 @@
 //! after its last status was accepted by the API.
 
 mod adopt;
+#[cfg(test)]
+mod random_tests;
 mod step;
 mod stop;
 #[cfg(test)]
