@@ -168,6 +168,40 @@ fn a_maglev_table_is_written_anew_and_then_flipped_to() {
 }
 
 #[test]
+fn an_adopted_maglev_table_must_hold_what_is_wanted_and_have_one_follower() {
+    let mut world = World::new(Abilities::ALL);
+    let port = |n: u8| {
+        let mut port = Port::new(n, Proto::Tcp, &[n]);
+        port.policy.scheduler = Scheduler::Maglev;
+        port
+    };
+    let wanted = |n: u8| maglev::picks(&port(n).desired().backends, 0);
+    world.put("a", &[&port(1)]);
+    let unwritten = CAPACITY.maglevs;
+    world.kernel.frontends.get_mut(&frontend(1, Proto::Tcp)).unwrap().maglev = unwritten;
+    let adopted =
+        |kernel: &Kernel| World { table: Table::adopt(CAPACITY, &kernel.observe()), kernel: kernel.clone() };
+    let mut again = adopted(&world.kernel);
+    again.put("a", &[&port(1)]);
+    assert_eq!(again.kernel.maglevs[&again.maglev(1)], wanted(1));
+
+    again.put("b", &[&port(2)]);
+    let shared = again.maglev(2);
+    again.kernel.frontends.get_mut(&frontend(1, Proto::Tcp)).unwrap().maglev = shared;
+    let mut again = adopted(&again.kernel);
+    // Neither may give away what the other still follows: the pretended kernel would refuse to write it.
+    again.put("a", &[&Port::new(1, Proto::Tcp, &[1])]);
+    again.put("c", &[&port(3)]);
+    assert_eq!(again.kernel.maglevs[&again.maglev(3)], wanted(3));
+    again.put("b", &[&port(2)]);
+    assert_eq!(again.kernel.maglevs[&again.maglev(2)], wanted(2));
+    let mut changes = Changes::default();
+    again.table.sweep(&mut changes);
+    again.table.settle();
+    assert_eq!((changes.is_empty(), again.table.usage().maglevs), (true, 2));
+}
+
+#[test]
 fn without_a_maglev_table_a_service_picks_at_random_until_one_is_free() {
     let mut world = World::new(Abilities::ALL);
     let full = Refusal::Full { what: "Maglev tables", capacity: CAPACITY.maglevs };

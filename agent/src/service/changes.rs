@@ -119,6 +119,8 @@ pub struct Observed {
     pub members: Vec<((ServiceId, BackendId), Member)>,
     /// Source ranges.
     pub ranges: Vec<(ServiceId, IpNetwork)>,
+    /// Maglev tables that frontends follow, by [`maglev::fingerprint`](super::maglev::fingerprint).
+    pub maglevs: Vec<(MaglevId, u64)>,
 }
 
 /// What is to be done to the kernel, in the order of the fields.

@@ -8,6 +8,7 @@
 use super::model::Proto;
 use super::plan::BackendAddr;
 use sheave_ebpf_abi::{MAGLEV_SLOTS, PROTO_SCTP, PROTO_TCP, PROTO_UDP};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -52,6 +53,13 @@ pub fn picks(backends: &[BackendAddr], seed: u32) -> Arc<[u16]> {
         }
     }
     picks.into()
+}
+
+/// What tells tables apart: equal for equal picks, within one process.
+pub fn fingerprint(picks: &[u16]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    picks.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// The backends, each once, in the order of their turns.

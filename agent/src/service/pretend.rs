@@ -140,6 +140,7 @@ impl Kernel {
             backends: self.backends.iter().map(|(k, v)| (*k, *v)).collect(),
             members: self.members.iter().map(|(k, v)| (*k, *v)).collect(),
             ranges: self.ranges.iter().copied().collect(),
+            maglevs: self.maglevs.iter().map(|(id, picks)| (*id, maglev::fingerprint(picks))).collect(),
         }
     }
 }

@@ -92,6 +92,10 @@ pub struct Table {
     range_count: usize,
     runs: Runs,
     free_maglevs: BTreeSet<MaglevId>,
+    /// What adopted Maglev tables held.
+    found_maglevs: HashMap<MaglevId, u64>,
+    /// Adopted Maglev tables that several services follow.
+    contested_maglevs: Vec<MaglevId>,
     last_service: ServiceId,
     last_backend: BackendId,
     released: Released,

@@ -30,7 +30,9 @@ pub use trace::{Candidate, Origin, Outcome, Question, Step, Trace, trace};
 
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode};
 use crate::limits;
-use crate::service::{Abilities, Capacity, Changes, FrontendEntry, FrontendKey, FrontendKind, Observed};
+use crate::service::{
+    Abilities, Capacity, Changes, FrontendEntry, FrontendKey, FrontendKind, Observed, maglev,
+};
 use aya::Ebpf;
 use link::{CALLS, CGROUP_HOOKS, DeviceHook, LINKS, Order, POD_HOOKS, Target, UPLINK_HOOKS};
 use map::Map;
@@ -107,7 +109,13 @@ impl Maps {
         let members = members.iter().map(|(key, flags)| encode::from_member(key, *flags)).collect();
         let ranges = self.ranges.entries(usize::MAX)?;
         let ranges = ranges.iter().filter_map(|(key, _)| encode::from_range_key(key)).collect();
-        Ok(Observed { frontends, slots, backends, members, ranges })
+        let followed: BTreeSet<_> = frontends.iter().map(|(_, entry)| entry.maglev).collect();
+        let mut maglevs = Vec::new();
+        for id in followed.into_iter().filter(|id| *id != 0) {
+            let table = self.maglev.get(&id)?;
+            maglevs.extend(table.map(|table| (id, maglev::fingerprint(&table.picks))));
+        }
+        Ok(Observed { frontends, slots, backends, members, ranges, maglevs })
     }
 
     /// Makes the changes, in the order of their fields.

@@ -28,6 +28,8 @@ impl Table {
             range_count: 0,
             runs: Runs::new(capacity.slots),
             free_maglevs: (1..=capacity.maglevs).collect(),
+            found_maglevs: observed.maglevs.iter().copied().collect(),
+            contested_maglevs: Vec::new(),
             last_service: 0,
             last_backend: 0,
             released: Released::default(),
@@ -41,10 +43,23 @@ impl Table {
         }
         let mut frontends: Vec<_> = observed.frontends.iter().collect();
         frontends.sort_unstable_by_key(|(key, entry)| (entry.service, *key));
+        table.set_contested_aside(&frontends);
         for group in frontends.chunk_by(|(_, a), (_, b)| a.service == b.service) {
             table.adopt_service(group, &observed.slots);
         }
         table
+    }
+
+    /// Maglev tables that several services follow are nobody's, and not free before all followers were claimed or swept.
+    fn set_contested_aside(&mut self, frontends: &[&(FrontendKey, FrontendEntry)]) {
+        let mut follower: HashMap<MaglevId, ServiceId> = HashMap::new();
+        for (_, entry) in frontends {
+            if *follower.entry(entry.maglev).or_insert(entry.service) != entry.service
+                && self.free_maglevs.remove(&entry.maglev)
+            {
+                self.contested_maglevs.push(entry.maglev);
+            }
+        }
     }
 
     /// Takes in the frontends of one service id.
@@ -142,6 +157,8 @@ impl Table {
         for (id, addr) in orphans {
             self.forget_backend(id, addr, changes);
         }
+        self.found_maglevs = HashMap::new();
+        self.released.maglevs.append(&mut self.contested_maglevs);
     }
 }
 

@@ -160,7 +160,15 @@ impl Table {
     /// Whether the entry's Maglev table is right for the port too.
     fn picks_stay(&self, old: &Entry, port: &Claimed<'_>) -> bool {
         let (from, to) = cluster_part(&old.counts, old.local_only);
-        !old.tainted && self.are(old.backends.get(from..to).unwrap_or_default(), port.cluster())
+        !old.tainted
+            && self.are(old.backends.get(from..to).unwrap_or_default(), port.cluster())
+            && (old.owner.is_some() || self.found(old.maglev, port))
+    }
+
+    /// Whether an adopted table holds what the port would have written: nobody else vouches for it.
+    fn found(&self, id: MaglevId, port: &Claimed<'_>) -> bool {
+        let picks = || maglev::picks(port.cluster(), MAGLEV_SEED);
+        self.found_maglevs.get(&id).is_some_and(|found| *found == maglev::fingerprint(&picks()))
     }
 
     /// Writes the port's Maglev table if it is new; a table that stays is no longer `old`'s.
