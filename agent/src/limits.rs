@@ -129,7 +129,7 @@ pub const ADDRESS_QUARANTINE_MS: u64 = 10_000;
 pub const RANGES_REMINDER_PERIOD_S: u64 = 30;
 
 /// How long one wait for changes of links and routes lasts before the waiter looks whether it is still needed.
-pub const NETLINK_EVENTS_WAIT_MS: i64 = 1_000;
+pub const NETLINK_EVENTS_WAIT_MS: i64 = 500;
 /// How often a peers file is looked at.
 pub const PEERS_FILE_LOOK_PERIOD_MS: u64 = 500;
 /// How often the overlay is compared with the kernel where no event asks for it.
@@ -160,8 +160,8 @@ pub const DATAPLANE_ROUNDS_MAX: usize = 1024;
 pub const STALE_SOCKETS_AGAIN_MS: u64 = 200;
 /// How often links and node addresses are looked after.
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
-/// How long the listener for links waits before it looks whether the agent ends.
-pub const POLICY_LISTEN_MS: i64 = 500;
+/// As long as this nothing of links, addresses and routes changes in a quiet moment.
+pub const POLICY_QUIET_MS: u64 = 500;
 /// Devices of new pods that get the programs in one look after everything while pods keep coming and no policy is there.
 pub const POLICY_ATTACHED_WHILE_BUSY_MAX: usize = 8;
 /// After a look at the node's links it rests so many times as long as it took.

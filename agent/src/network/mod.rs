@@ -42,8 +42,8 @@ use leases::{Lease, Leases, Netns, check_uid};
 use nat::Nat;
 use netlink::Connection;
 pub(crate) use netlink::{
-    AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, Monitor, RoutedLink, attributes,
-    end_tracking, has_clsact_filter, has_link,
+    AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, KernelEvent, KernelEvents,
+    RoutedLink, attributes, end_tracking, has_clsact_filter, has_link,
 };
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;

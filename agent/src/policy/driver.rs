@@ -8,7 +8,7 @@ use crate::dataplane::DataplaneError;
 use crate::dataplane::driver::interface_addresses;
 use crate::dataplane::ebpf::{Guard, GuardConfig, devices_of};
 use crate::limits;
-use crate::network::{Monitor, end_tracking, has_link, routed_links};
+use crate::network::{KernelEvent, KernelEvents, end_tracking, has_link, routed_links};
 use sheave_ebpf_abi::NetCounter;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -157,25 +157,33 @@ impl Rest {
 
 /// Tells of changes in the kernel until nobody listens.
 fn listen(feed: &mpsc::Sender<Feed>, rest: &Rest, stop: &CancellationToken) {
-    let (mut monitor, mut busy) = (None, false);
+    let (mut events, mut changed) = (None, None::<Instant>);
+    let quiet = limits::millis(limits::POLICY_QUIET_MS);
     while !stop.is_cancelled() && !feed.is_closed() {
-        let heard = match &mut monitor {
-            None => Monitor::open().map(|opened| monitor = Some(opened)).map(|()| true),
-            Some(monitor) => monitor.wait(limits::POLICY_LISTEN_MS),
+        let heard = match &mut events {
+            None => KernelEvents::open().map(|opened| events = Some(opened)).map(|()| true),
+            // The hosts' own neighbours change all the time.
+            Some(events) => events
+                .take()
+                .map(|all| all.iter().any(|event| !matches!(event, KernelEvent::Neighbour { .. }))),
         };
         match heard {
             // One that waits already says the same.
             Ok(true) => {
-                busy = true;
+                changed = Some(Instant::now());
                 drop(feed.try_send(Feed::Kernel));
                 // What happens meanwhile waits in the socket.
                 rest.take();
             }
-            Ok(false) if busy => busy = feed.try_send(Feed::Quiet).is_err(),
+            Ok(false) if changed.is_some_and(|at| at.elapsed() >= quiet) => {
+                if feed.try_send(Feed::Quiet).is_ok() {
+                    changed = None;
+                }
+            }
             Ok(false) => {}
             Err(error) => {
                 tracing::warn!(%error, "listening to the kernel's links; trying again");
-                monitor = None;
+                events = None;
                 std::thread::sleep(std::time::Duration::from_millis(limits::API_RETRY_FIRST_MS));
             }
         }

@@ -14,8 +14,8 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use super::{RECEIVE_BYTES, attributes};
 use crate::limits;
 
-/// Groups that are listened to (`RTNLGRP_*`): links, neighbours, addresses and routes of both families.
-const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
+/// Groups that are listened to (`RTNLGRP_*`): links, neighbours, queues, addresses and routes of both families.
+const GROUPS: [u32; 7] = [1, 3, 4, 5, 7, 9, 11];
 /// Bytes that the kernel may keep for us.
 const BUFFER_BYTES: usize = 4 << 20;
 /// Bytes of a netlink header.
@@ -34,6 +34,13 @@ pub(crate) enum Event {
     /// An address came or went.
     Address {
         /// Of this link.
+        link: u32,
+        /// Whether it is good on this link only (`RT_SCOPE_LINK`).
+        local: bool,
+    },
+    /// A link got another queue, or none.
+    Queue {
+        /// The link.
         link: u32,
     },
     /// A route of the main table came or went.
@@ -114,7 +121,11 @@ fn event(kind: u16, body: &[u8]) -> Option<Event> {
             let name = String::from_utf8_lossy(name).trim_end_matches('\0').to_owned();
             Some(Event::Link { index: number(body, 4)?, name })
         }
-        libc::RTM_NEWADDR | libc::RTM_DELADDR => Some(Event::Address { link: number(body, 4)? }),
+        libc::RTM_NEWADDR | libc::RTM_DELADDR => {
+            let local = *body.get(3)? == libc::RT_SCOPE_LINK;
+            Some(Event::Address { link: number(body, 4)?, local })
+        }
+        libc::RTM_NEWQDISC | libc::RTM_DELQDISC => Some(Event::Queue { link: number(body, 4)? }),
         libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => Some(Event::Neighbour { link: number(body, 4)? }),
         libc::RTM_NEWROUTE | libc::RTM_DELROUTE => route(body),
         _ => None,
@@ -172,13 +183,19 @@ mod tests {
         link.extend([7, 0, 3, 0, b'e', b'0', 0]);
         bytes.extend(message(libc::RTM_NEWLINK, &link));
         bytes.extend(message(libc::RTM_NEWNEIGH, &[7, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]));
+        bytes.extend(message(libc::RTM_NEWADDR, &[10, 64, 0, 253, 6, 0, 0, 0]));
+        bytes.extend(message(libc::RTM_DELADDR, &[2, 24, 0, 0, 7, 0, 0, 0]));
+        bytes.extend(message(libc::RTM_NEWQDISC, &[0, 0, 0, 0, 8, 0, 0, 0]));
         let to = "10.244.2.0/24".parse().unwrap();
         assert_eq!(
             parse(&bytes),
             [
                 Event::Route { to, protocol: 84 },
                 Event::Link { index: 9, name: "e0".into() },
-                Event::Neighbour { link: 5 }
+                Event::Neighbour { link: 5 },
+                Event::Address { link: 6, local: true },
+                Event::Address { link: 7, local: false },
+                Event::Queue { link: 8 },
             ]
         );
         for cut in 0..bytes.len() {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::super::Network;
-use super::super::netlink::events::{Event, Events};
+use super::super::netlink::{KernelEvent as Event, KernelEvents as Events};
 use super::super::plan::is_node_link;
 use super::{Done, Inner, Overlay, Peer, plan};
 use crate::limits;
@@ -18,7 +18,10 @@ use crate::limits;
 /// Whether an event can concern the overlay.
 fn matters(event: &Event, own: &[IpNetwork], devices: &[u32]) -> bool {
     match event {
-        Event::Lost | Event::Address { .. } => true,
+        Event::Lost => true,
+        // Each new pod's link gets an address of its own kind, and none of them leads anywhere.
+        Event::Address { link, local } => !local || devices.contains(link),
+        Event::Queue { .. } => false,
         Event::Link { name, .. } => !is_node_link(name),
         // Pods of this node come and go; what leads to peers is no part of its range.
         Event::Route { to, protocol } => {
@@ -208,6 +211,10 @@ mod tests {
             (link("eth0"), true),
             (link("sheave-vx4"), true),
             (link("shv0123456789ab"), false),
+            (Event::Address { link: 2, local: false }, true),
+            (Event::Address { link: 5, local: true }, true),
+            (Event::Address { link: 6, local: true }, false),
+            (Event::Queue { link: 5 }, false),
             (Event::Neighbour { link: 5 }, true),
             (Event::Neighbour { link: 6 }, false),
         ];

@@ -1,47 +1,12 @@
-//! Waits for changes of links, their queues, addresses and routes. Invariant: a change that may have been missed counts as one.
+//! Which links addresses are routed to. Invariant: as everywhere in this room, nothing is decided here.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsFd;
 
 use ipnetwork::IpNetwork;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use nix::sys::socket::{setsockopt, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::{Connection, Link};
-
-/// RTMGRP_LINK, RTMGRP_TC, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE (linux/rtnetlink.h).
-const GROUPS: u32 = 0x1 | 0x8 | 0x10 | 0x40 | 0x100 | 0x400;
-
-/// A socket that hears of changes in the network namespace of the thread that opened it.
-pub(crate) struct Monitor {
-    socket: Socket,
-    buffer: Vec<u8>,
-}
-
-impl Monitor {
-    /// Listens from now on.
-    pub(crate) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind(&SocketAddr::new(0, GROUPS))?;
-        Ok(Self { socket, buffer: Vec::with_capacity(super::RECEIVE_BYTES) })
-    }
-
-    /// Waits until something changes; false when nothing did for so long.
-    pub(crate) fn wait(&mut self, timeout_ms: i64) -> io::Result<bool> {
-        setsockopt(&self.socket.as_fd(), sockopt::ReceiveTimeout, &TimeVal::milliseconds(timeout_ms))?;
-        self.buffer.clear();
-        match self.socket.recv(&mut self.buffer, 0) {
-            Ok(_) => Ok(true),
-            // More happened than the socket holds.
-            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(true),
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(false),
-            Err(e) => Err(e),
-        }
-    }
-}
 
 /// A link that an address is routed to.
 #[derive(Debug, Clone)]
