@@ -19,6 +19,7 @@ mod image_hostile;
 mod image_import;
 mod ipvs_bed;
 mod ipvs_kernel;
+mod ipvs_rolling;
 mod ipvs_services;
 mod kernel_basics;
 mod kubectl;

@@ -42,9 +42,9 @@ enum Verb {
     Tidy,
     /// Make the OCI archives that the examples and suites run
     Image(image::Args),
-    /// Measure: connect, pod-start, api, footprint
+    /// Measure, on this host or (`--vm`) in a guest that has every data plane
     Bench(bench::Args),
-    /// Long runs under faults
+    /// Long runs under faults and load, on this host or (`--vm`) in a guest
     Soak(bench::Args),
     /// Run commands and tests on other kernels, in virtual machines
     Vm(vm::Args),

@@ -69,12 +69,13 @@ struct RunArgs {
 /// How long the suite may take in a guest. An emulated processor runs it some ten times slower.
 const SUITE_TIMEOUT_S: u64 = 2400;
 
+/// How long a bench or a soak may take in a guest.
+const BENCH_TIMEOUT_S: u64 = 3600;
+
 /// Returns the exit status for this process.
 pub(crate) fn main(args: Args) -> Result<u8> {
     setup::ensure(&[setup::Group::Test], false)?;
-    if !setup::is_root()? {
-        bail!("virtual machines share this host's files, which takes root");
-    }
+    need_root()?;
     match args.verb {
         Verb::Prepare { kernels } => {
             let kernels = if kernels.is_empty() { kernel::Series::ALL.to_vec() } else { kernels };
@@ -86,6 +87,32 @@ pub(crate) fn main(args: Args) -> Result<u8> {
         Verb::Run(args) => run(args),
         Verb::Suite { kernel, filters } => suite(kernel, &filters),
     }
+}
+
+fn need_root() -> Result<()> {
+    if !setup::is_root()? {
+        bail!("virtual machines share this host's files, which takes root");
+    }
+    Ok(())
+}
+
+/// Measures in a guest with the newest kernel and one processor, which is quieter than two where they are emulated;
+/// returns the command's exit status.
+pub(crate) fn bench(command: Vec<String>) -> Result<u8> {
+    need_root()?;
+    let kernel = kernel::prepared(kernel::Series::V6_12)?;
+    eprintln!("in a guest with one processor, kernels of {}:", kernel.dir.display());
+    machine::run(&Guest {
+        kernel,
+        cpus: 1,
+        memory_mb: 3072,
+        timeout: Duration::from_secs(BENCH_TIMEOUT_S),
+        write: None,
+        modules: Vec::new(),
+        verbose: false,
+        cwd: proc::root().to_owned(),
+        command,
+    })
 }
 
 fn run(args: RunArgs) -> Result<u8> {

@@ -3,13 +3,42 @@
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 use serde_json::{Value, json};
 
-use crate::report::{Bar, Report};
+use crate::report::{Bar, Report, kernel};
 
-const SIZES: [u64; 4] = [10, 1_000, 10_000, 100_000];
+const COUNTS: [u64; 4] = [10, 1_000, 10_000, MANY];
 const MANY: u64 = 100_000;
 const ENDPOINTS: u64 = 4;
+const SAMPLES: u32 = 3_000;
+const CHANGES: u32 = 100;
+
+/// How much is measured, where a benchmark asks.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct Size {
+    /// Of `load` and `packet`: numbers of services, with commas between [default: 10,1000,10000,100000; 10,100000]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..=500_000))]
+    count: Vec<u64>,
+    /// Of `load` and `packet`: connects a target [default: 3000]
+    #[arg(long)]
+    samples: Option<u32>,
+    /// Of `load`: changes of an endpoint [default: 100]
+    #[arg(long)]
+    changes: Option<u32>,
+}
+
+impl Size {
+    /// Numbers of services, `otherwise` where nobody asked for some.
+    pub(crate) fn counts(&self, otherwise: &[u64]) -> Vec<u64> {
+        if self.count.is_empty() { otherwise.to_vec() } else { self.count.clone() }
+    }
+
+    /// Connects a target.
+    pub(crate) fn samples(&self) -> u32 {
+        self.samples.unwrap_or(SAMPLES)
+    }
+}
 
 /// What a run of `sheave load services` printed.
 #[derive(Debug)]
@@ -58,15 +87,20 @@ impl Run {
     }
 }
 
-pub(crate) fn run(json: bool) -> Result<()> {
+pub(crate) fn run(json: bool, size: &Size) -> Result<()> {
     let mut report = Report::new("load", json);
-    let measured = Run::new(&SIZES, ENDPOINTS, &[])?;
-    measured.tell_unavailable();
-    for services in SIZES {
+    let [samples, changes] =
+        [size.samples(), size.changes.unwrap_or(CHANGES)].map(|number| number.to_string());
+    // One number after the other, so that what was measured is told before the next begins.
+    for services in size.counts(&COUNTS) {
+        let measured = Run::new(&[services], ENDPOINTS, &["--samples", &samples, "--changes", &changes])?;
+        measured.tell_unavailable();
         for mode in ["direct", "ebpf", "nftables", "iptables", "ipvs"] {
             figures(&mut report, &measured, mode, services);
         }
-        for (rival, bar) in [("iptables", iptables_bar(services)), ("nftables", Bar::AtLeast(1.0))] {
+        let rivals =
+            [("iptables", iptables_bar(services)), ("nftables", Bar::AtLeast(1.0)), ("ipvs", Bar::None)];
+        for (rival, bar) in rivals {
             // Each beside direct connections of the same moments.
             let cps = |mode| measured.figure(mode, services, "ratio_cps_to_direct");
             if let (Some(ours), Some(theirs)) = (cps("ebpf"), cps(rival)) {
@@ -101,7 +135,12 @@ fn ebpf_bar(key: &str, services: u64) -> Bar {
 
 fn figures(report: &mut Report, measured: &Run, mode: &str, services: u64) {
     let Some(row) = measured.row(mode, services) else { return };
-    let params = [("mode", json!(mode)), ("services", json!(services)), ("endpoints", json!(ENDPOINTS))];
+    let params = [
+        ("mode", json!(mode)),
+        ("services", json!(services)),
+        ("endpoints", json!(ENDPOINTS)),
+        ("kernel", json!(kernel())),
+    ];
     for (key, unit) in [
         ("connect_p50_us", "us"),
         ("connect_p99_us", "us"),
@@ -111,6 +150,7 @@ fn figures(report: &mut Report, measured: &Run, mode: &str, services: u64) {
         ("ratio_direct_beside_p50", "x"),
         ("ratio_control_p50", "x"),
         ("cps", "1/s"),
+        ("ratio_cps_to_direct", "x"),
         ("rtt_p50_us", "us"),
         ("udp_p50_us", "us"),
         ("ratio_node_port_connect_p50_to_direct", "x"),
@@ -144,5 +184,12 @@ mod tests {
         assert_eq!(run.figure("ebpf", 100, "cps"), None);
         assert!(run.row("ipvs", 10).is_none());
         assert_eq!(run.unavailable().collect::<Vec<_>>(), [("ipvs", 10, "no IPVS")]);
+    }
+
+    #[test]
+    fn sizes_are_the_benchmarks_own_unless_somebody_asks_for_others() {
+        assert_eq!(Size::default().counts(&COUNTS), COUNTS);
+        let asked = Size { count: vec![7], samples: Some(50), changes: None };
+        assert_eq!((asked.counts(&COUNTS), asked.samples()), (vec![7], 50));
     }
 }

@@ -36,7 +36,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
-use sheave_agent::dataplane::Mode;
 
 #[derive(Debug, Parser)]
 #[command(name = "sheave-bench", about = "Benchmarks and soaks of the whole program")]
@@ -51,6 +50,8 @@ enum Command {
     Bench {
         /// What to measure
         name: Bench,
+        #[command(flatten)]
+        size: load::Size,
         /// One JSON object a line
         #[arg(long)]
         json: bool,
@@ -62,15 +63,17 @@ enum Command {
         /// How many [default: what the issue asks for]
         #[arg(long)]
         rounds: Option<usize>,
-        /// Which data plane, where the soak asks: ebpf, nftables or ipvs
-        #[arg(long, default_value = "ebpf")]
-        mode: String,
+        #[command(flatten)]
+        rolling: rolling::Rolling,
         /// How long, where it is a matter of time [default: 1800]
         #[arg(long)]
         seconds: Option<u64>,
         /// Seed of `fuzz`, to run it again [default: random]
         #[arg(long)]
         seed: Option<u64>,
+        /// One JSON object a line, where there are figures
+        #[arg(long)]
+        json: bool,
     },
     #[command(hide = true)]
     ConnectClient(connect_client::ConnectClient),
@@ -110,30 +113,26 @@ enum Bench {
 fn main() -> Result<()> {
     let cli = Cli::parse();
     match cli.command {
-        Command::Bench { name, json } => match name {
+        Command::Bench { name, size, json } => match name {
             Bench::Api => block_on(api::run(json)),
             Bench::Cni => cni::run(json),
             Bench::Connect => connect::run(json),
             Bench::Footprint => footprint::run(json),
-            Bench::Load => load::run(json),
+            Bench::Load => load::run(json, &size),
             Bench::Network => network::run(json),
-            Bench::Packet => packet::run(json),
+            Bench::Packet => packet::run(json, &size),
             Bench::PodStart => pod_start::run(json),
             Bench::Policy => policy::run(json),
             Bench::Program => program::run(json),
         },
-        Command::Soak { name, rounds, mode, seconds, seed } => match name {
+        Command::Soak { name, rounds, rolling, seconds, seed, json } => match name {
             Soak::Cni => soak_cni::run(rounds.unwrap_or(10)),
             Soak::Fuzz => soak_fuzz::run(seconds.unwrap_or(soak_fuzz::SECONDS), seed),
             Soak::KillControl => block_on(soak_control::run(rounds.unwrap_or(30))),
             Soak::KillNode => soak_node::run(rounds.unwrap_or(20)),
             Soak::KillServices => soak_services::run(rounds.unwrap_or(200)),
             Soak::Overlay => soak_overlay::run(rounds.unwrap_or(100)),
-            Soak::Rolling => {
-                let mode = Mode::from_name(&mode)
-                    .with_context(|| format!("--mode {mode}: ebpf, nftables or ipvs"))?;
-                rolling::run(mode, rounds.unwrap_or(1))
-            }
+            Soak::Rolling => rolling.run(rounds.unwrap_or(1), json),
         },
         Command::ConnectClient(client) => client.run(),
         Command::LoadClient(client) => client.run(),

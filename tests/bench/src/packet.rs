@@ -5,7 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use aya::programs::tc::TcAttachType;
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use serde_json::json;
@@ -16,7 +16,7 @@ use sheave_agent::service::{
 use sheave_harness::{Cgroup, NetNs};
 
 use crate::latency::Latencies;
-use crate::load::Run;
+use crate::load::{Run, Size};
 use crate::packet_flood::{self, Forwarding};
 use crate::packet_frame::{CLIENT, Frame, NODE};
 use crate::progress::spinner;
@@ -28,13 +28,15 @@ pub(crate) const FIRST_NODE_PORT: u16 = 30_000;
 pub(crate) const UPLINK: &str = "up0";
 /// A pod of the node.
 const POD: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 5);
-const SIZES: [u32; 2] = [10, 100_000];
+const COUNTS: [u64; 2] = [10, 100_000];
 const RUNS: u32 = 20_000;
 
-pub(crate) fn run(json: bool) -> Result<()> {
+pub(crate) fn run(json: bool, size: &Size) -> Result<()> {
     let mut report = Report::new("packet", json);
-    costs(&mut report)?;
-    first_packets(&mut report)?;
+    let counts = size.counts(&COUNTS);
+    let [few, many] = counts[..] else { bail!("--count: name two numbers of services, few and many") };
+    costs(&mut report, [few, many].map(u32::try_from).into_iter().collect::<Result<Vec<_>, _>>()?)?;
+    first_packets(&mut report, size.samples())?;
     forwarding(&mut report)?;
     report.finish();
     Ok(())
@@ -214,16 +216,17 @@ impl EnterAnd for NetNs {
 }
 
 /// Nanoseconds of the program at the uplink, by kinds of packets, few services and many by turns.
-fn costs(report: &mut Report) -> Result<()> {
+fn costs(report: &mut Report, counts: Vec<u32>) -> Result<()> {
     let bar = spinner("few and many services");
     let (mut worlds, mut programs, mut drivers) = (Vec::new(), Vec::new(), Vec::new());
-    for services in SIZES {
+    for &services in &counts {
         let mut world = World::new("packet")?;
         drivers.push(world.fill(services, (POD, true))?);
         programs.push(Ingress::of(&world)?);
         worlds.push(world);
     }
-    for (kind, bar) in [("new_flow", true), ("flow", true), ("other_traffic", false)] {
+    for (kind, has_bar) in [("new_flow", true), ("flow", true), ("other_traffic", false)] {
+        bar.set_message(format!("few and many services: {kind}"));
         let mut all = [Latencies::new(), Latencies::new()];
         for round in 0..RUNS + RUNS / 10 {
             for turn in 0..2 {
@@ -236,13 +239,13 @@ fn costs(report: &mut Report) -> Result<()> {
                 }
             }
         }
-        for (services, all) in SIZES.iter().zip(&all) {
+        for (services, all) in counts.iter().zip(&all) {
             let params = [("services", json!(services)), ("packet", json!(kind)), ("runs", json!(RUNS))];
             report.add("tc_ingress_p50", all.us(0.5) * 1000.0, "ns", Bar::None, &params);
         }
-        let params = [("packet", json!(kind)), ("services", json!(SIZES))];
-        let bar = if bar { Bar::AtMost(1.1) } else { Bar::None };
-        report.add("tc_ingress_many_to_few", all[1].us(0.5) / all[0].us(0.5), "x", bar, &params);
+        let params = [("packet", json!(kind)), ("services", json!(counts))];
+        let limit = if has_bar { Bar::AtMost(1.1) } else { Bar::None };
+        report.add("tc_ingress_many_to_few", all[1].us(0.5) / all[0].us(0.5), "x", limit, &params);
     }
     bar.finish_and_clear();
     Ok(())
@@ -262,8 +265,8 @@ fn frame(kind: &str, round: u32) -> Vec<u8> {
 }
 
 /// From outside through a NodePort to a pod of the node, over tcx, beside the same without a service.
-fn first_packets(report: &mut Report) -> Result<()> {
-    let measured = Run::new(&[10], 4, &["--modes", "ebpf", "--samples", "4000"])?;
+fn first_packets(report: &mut Report, samples: u32) -> Result<()> {
+    let measured = Run::new(&[10], 4, &["--modes", "ebpf", "--samples", &samples.to_string()])?;
     measured.tell_unavailable();
     let params = [("services", json!(10)), ("endpoints", json!(4))];
     for (key, metric, bar) in [

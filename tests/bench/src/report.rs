@@ -98,6 +98,12 @@ impl Report {
     }
 }
 
+/// The release of the kernel that runs this.
+pub(crate) fn kernel() -> String {
+    nix::sys::utsname::uname()
+        .map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned())
+}
+
 fn round(value: f64) -> f64 {
     let digits = if value.abs() >= 100.0 { 10.0 } else { 1000.0 };
     (value * digits).round() / digits

@@ -1,5 +1,5 @@
 //! The load of `soak rolling`, a process of its own in a pod's namespace and in the served cgroup, until standard input
-//! is closed. About 2,000 requests a second in five kinds; each failure is counted with its kind.
+//! is closed. Requests of five kinds at a steady rate; each failure is counted with its kind.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -23,9 +23,15 @@ pub(crate) struct RollingClient {
     /// Where the service is
     #[arg(long)]
     target: SocketAddr,
+    /// Requests a second, about
+    #[arg(long)]
+    rate: u32,
 }
 
-/// Kinds of load: threads, and the pause between a thread's requests.
+/// No client goes without a request for longer, however low the rate is: it would not hear that its server is going.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// Kinds of load: threads, and the pause between a thread's requests at [`super::RATE`].
 const KINDS: [(&str, usize, Duration); 5] = [
     ("tcp_short", 8, Duration::from_millis(10)),
     ("tcp_kept_alive", 8, Duration::from_millis(10)),
@@ -49,6 +55,7 @@ impl RollingClient {
         for (kind, count, pause) in KINDS {
             for _ in 0..count {
                 let (stop, target) = (stop.clone(), self.target);
+                let pause = pause.mul_f64(f64::from(super::RATE) / f64::from(self.rate)).min(PAUSE_MAX);
                 threads.push((kind, std::thread::spawn(move || drive(kind, target, pause, &stop))));
             }
         }

@@ -4,17 +4,20 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sheave_harness::NetNs;
 
 /// Port of every backend.
 pub(super) const PORT: u16 = 8080;
 /// How often a thread that waits looks whether its server is to stop.
-const LOOK: Duration = Duration::from_millis(50);
+const LOOK_MS: u8 = 50;
+const LOOK: Duration = Duration::from_millis(LOOK_MS as u64);
 
 const RUNNING: u8 = 0;
 const DRAINING: u8 = 1;
@@ -29,12 +32,25 @@ pub(super) fn address(number: u16) -> Ipv4Addr {
 /// All backends, in their namespace.
 pub(super) struct Servers<'a> {
     netns: &'a NetNs,
-    states: HashMap<u16, Arc<AtomicU8>>,
+    servers: HashMap<u16, Arc<Server>>,
+}
+
+#[derive(Default)]
+struct Server {
+    state: AtomicU8,
+    /// Connections that clients have open.
+    open: AtomicUsize,
+}
+
+impl Server {
+    fn is_stopped(&self) -> bool {
+        self.state.load(Ordering::Relaxed) == STOPPED
+    }
 }
 
 impl<'a> Servers<'a> {
     pub(super) fn new(netns: &'a NetNs) -> Result<Self> {
-        Ok(Self { netns, states: HashMap::new() })
+        Ok(Self { netns, servers: HashMap::new() })
     }
 
     /// Listens by TCP and UDP.
@@ -46,11 +62,11 @@ impl<'a> Servers<'a> {
             .with_context(|| format!("listening on {at}"))?;
         listener.set_nonblocking(true)?;
         socket.set_read_timeout(Some(LOOK))?;
-        let state = Arc::new(AtomicU8::new(RUNNING));
-        self.states.insert(number, state.clone());
-        let udp_state = state.clone();
-        std::thread::spawn(move || accept(&listener, &state));
-        std::thread::spawn(move || datagrams(&socket, &udp_state));
+        let server = Arc::new(Server::default());
+        self.servers.insert(number, server.clone());
+        let by_udp = server.clone();
+        std::thread::spawn(move || accept(&listener, &server));
+        std::thread::spawn(move || datagrams(&socket, &by_udp));
         Ok(())
     }
 
@@ -59,53 +75,76 @@ impl<'a> Servers<'a> {
         self.set(number, DRAINING);
     }
 
+    /// Waits until no client is connected, or for so long.
+    pub(super) fn wait_idle(&self, number: u16, limit: Duration) {
+        let (start, server) = (Instant::now(), self.servers.get(&number));
+        while server.is_some_and(|server| server.open.load(Ordering::Relaxed) > 0) && start.elapsed() < limit
+        {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Closes everything.
     pub(super) fn stop(&mut self, number: u16) {
         self.set(number, STOPPED);
-        self.states.remove(&number);
+        self.servers.remove(&number);
     }
 
     fn set(&self, number: u16, to: u8) {
-        if let Some(state) = self.states.get(&number) {
-            state.store(to, Ordering::Relaxed);
+        if let Some(server) = self.servers.get(&number) {
+            server.state.store(to, Ordering::Relaxed);
         }
     }
 }
 
-fn word(state: &AtomicU8) -> &'static [u8] {
-    if state.load(Ordering::Relaxed) == RUNNING { b"ok\n" } else { b"bye\n" }
+impl Drop for Servers<'_> {
+    fn drop(&mut self) {
+        self.servers.values().for_each(|server| server.state.store(STOPPED, Ordering::Relaxed));
+    }
 }
 
-fn accept(listener: &TcpListener, state: &Arc<AtomicU8>) {
-    while state.load(Ordering::Relaxed) != STOPPED {
+fn word(server: &Server) -> &'static [u8] {
+    if server.state.load(Ordering::Relaxed) == RUNNING { b"ok\n" } else { b"bye\n" }
+}
+
+fn accept(listener: &TcpListener, server: &Arc<Server>) {
+    while !server.is_stopped() {
         match listener.accept() {
             Ok((stream, _)) => {
-                let state = state.clone();
-                std::thread::spawn(move || serve(stream, &state));
+                let server = server.clone();
+                server.open.fetch_add(1, Ordering::Relaxed);
+                std::thread::spawn(move || {
+                    serve(stream, &server);
+                    server.open.fetch_sub(1, Ordering::Relaxed);
+                });
             }
-            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            Err(_) => {
+                let mut waiting = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+                // What comes of it shows in the next accept.
+                poll(&mut waiting, PollTimeout::from(LOOK_MS)).unwrap_or_default();
+            }
         }
     }
 }
 
-fn serve(stream: TcpStream, state: &AtomicU8) {
+fn serve(stream: TcpStream, server: &Server) {
     // Accepted sockets are blocking whatever the listener is; errors end the connection, which the client counts.
     let Ok(mut writer) = stream.try_clone() else { return };
     let mut lines = BufReader::new(stream);
     let mut line = String::new();
     while matches!(lines.read_line(&mut line), Ok(len) if len > 0) {
-        if writer.write_all(word(state)).is_err() {
+        if writer.write_all(word(server)).is_err() {
             return;
         }
         line.clear();
     }
 }
 
-fn datagrams(socket: &UdpSocket, state: &AtomicU8) {
+fn datagrams(socket: &UdpSocket, server: &Server) {
     let mut buffer = [0; 64];
-    while state.load(Ordering::Relaxed) != STOPPED {
+    while !server.is_stopped() {
         if let Ok((_, from)) = socket.recv_from(&mut buffer) {
-            drop(socket.send_to(word(state), from));
+            drop(socket.send_to(word(server), from));
         }
     }
 }
