@@ -1,7 +1,7 @@
 //! Pods of one node reach each other and the node, over both families and at once; what can't be connected says why.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -101,6 +101,17 @@ fn datagram(from: &NetNs, to: &NetNs, ip: IpAddr) -> IpAddr {
     there.recv_from(&mut said).unwrap_or_else(|e| panic!("receive on {ip}: {e}")).1.ip()
 }
 
+/// IPv6's gateway is good on the pod's link only.
+#[track_caller]
+fn ask_link_local_gateway(pod: &NetNs, node: &NetNs) {
+    let listener = node.run(|| TcpListener::bind("[::]:0")).expect("listen");
+    let port = listener.local_addr().expect("the listener's address").port();
+    let line = pod.ip(&["-o", "link", "show", "eth0"]);
+    let index = line.split(':').next().and_then(|index| index.parse().ok()).expect("an index");
+    let gateway = SocketAddrV6::new("fe80::1".parse().expect("an address"), port, 0, index);
+    pod.run(|| TcpStream::connect_timeout(&gateway.into(), PATIENCE)).expect("the gateway answers");
+}
+
 const BOTH: [&str; 2] = ["10.244.7.0/24", "fd00:244:7::/64"];
 
 #[test]
@@ -130,6 +141,7 @@ fn pods_reach_each_other_and_the_node_at_once() {
     assert_eq!(talk(&a, &a, lo), lo);
     let gateway: IpAddr = "169.254.1.1".parse().expect("an address");
     assert_eq!(talk(&a, &node.netns, gateway), first.ips[0], "the gateway answers");
+    ask_link_local_gateway(&a, &node.netns);
     let mtu = a.ip(&["-o", "link", "show", "eth0"]);
     assert!(mtu.contains("mtu 1400 "), "the uplink's MTU: {mtu}");
 }

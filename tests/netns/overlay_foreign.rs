@@ -1,10 +1,10 @@
-//! What agents ask of an API server: nothing that only Sheave's has, so that anybody's serves them.
+//! What agents ask of an API server, nothing that only Sheave's has, so that anybody's serves them; and what they tell it.
 
 use std::collections::BTreeMap;
 
 use serde_json::json;
 use sheave_harness::overlay::{Bed, Host, Ips, Pod, all_pairs};
-use sheave_harness::{Cgroup, http, require_root, wait_for};
+use sheave_harness::{Cgroup, NetNs, http, require_root, unique, wait_for};
 
 /// What was asked and answered, by verb and resource.
 fn requests(bed: &Bed) -> BTreeMap<(String, String), u64> {
@@ -75,4 +75,37 @@ fn network_and_services_need_lists_and_watches_of_kubernetes_own_kinds_only() {
         let allowed = ["list", "watch", "patch"].contains(&verb.as_str()) && kinds.contains(&kind);
         assert!(allowed, "{new} times {verb} of {resource}: {watched:?}");
     }
+}
+
+#[test]
+fn a_range_without_addresses_left_is_an_event_of_the_node() {
+    if !require_root() {
+        return;
+    }
+    let mut bed = Bed::new(env!("CARGO_BIN_EXE_sheave"));
+    bed.control();
+    let mut host = bed.join(Ips::Both, &["--pod-cidr", "10.244.200.0/30"]);
+    host.wait_serving();
+    let mut pods = Vec::new();
+    let why = loop {
+        match host.try_pod(NetNs::new(), unique("pod")) {
+            Ok(pod) => pods.push(pod),
+            Err((_, _, why)) => break why,
+        }
+        assert!(pods.len() < 4, "a /30 has no more addresses");
+    };
+    assert!(!pods.is_empty() && why.contains("10.244.200.0/30"), "{why}");
+    wait_for("the event", || {
+        let all = bed.raw("GET", "/api/v1/namespaces/default/events", None)?;
+        let told = |event: &&serde_json::Value| {
+            let object = &event["involvedObject"];
+            event["reason"] == "PodAddressesExhausted"
+                && (&object["kind"], &object["name"]) == (&json!("Node"), &json!(host.name))
+        };
+        let event = all["items"].as_array().into_iter().flatten().find(told).cloned();
+        let event = event.ok_or_else(|| format!("{all}\n{}", host.log()))?;
+        let message = event["message"].as_str().unwrap_or_default();
+        assert!(message.contains("10.244.200.0/30"), "{event}");
+        Ok::<(), String>(())
+    });
 }

@@ -22,8 +22,8 @@ const CNI_ALIAS: &str = "sheave cni ";
 const OWN_TABLES: u32 = 0x5348_0000;
 /// Longest alias that the kernel takes, bytes.
 const ALIAS_BYTES_MAX: usize = 255;
-/// A pod's gateways: a permanent neighbour leads to the node's end of the pair. The node has IPv4's on its loopback, so
-/// that it answers; nobody has IPv6's.
+/// A pod's gateways: a permanent neighbour leads to the node's end of the pair. So that they answer, the node has IPv4's
+/// on its loopback, and IPv6's, which is good on one link only, on its end of every pair.
 pub(super) const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 
@@ -110,7 +110,7 @@ pub(super) enum Side {
     Pod,
 }
 
-/// What one side has. Routes and neighbours are those of the side's link.
+/// What one side has. Addresses, routes and neighbours are those of the side's link.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Observed {
     pub(super) link: Option<Link>,
@@ -338,6 +338,9 @@ fn node_steps(want: &Want, node: &Observed, name: &str, pod_mac: Mac, step: &mut
     if let Some(act) = set_link(name, Some(alias(&want.key)), want.mtu, node.link.as_ref()) {
         step(Side::Node, act);
     }
+    if want.ips.iter().any(IpAddr::is_ipv6) && !node.addresses.contains(&GATEWAY_V6) {
+        step(Side::Node, Act::Address { link: name.to_owned(), ip: GATEWAY_V6 });
+    }
     for ip in &want.ips {
         if !node.neighbours.contains(&(*ip, pod_mac)) {
             step(Side::Node, Act::Neighbour { link: name.to_owned(), ip: *ip, mac: pod_mac });
@@ -381,10 +384,9 @@ pub(super) fn sysctls(side: Side, link: &str, ips: &[IpAddr]) -> Vec<(String, &'
             }
             if v6 {
                 set("ipv6", "disable_ipv6", "0");
-                // No link-local address: nothing would use it, and it would be announced and checked.
+                // No link-local address but the gateway's: it would be announced and checked.
                 set("ipv6", "addr_gen_mode", "1");
                 set("ipv6", "accept_ra", "0");
-                set("ipv6", "accept_dad", "0");
             }
         }
         Side::Pod => {
@@ -621,7 +623,7 @@ mod tests {
             let all = steps(&want, &node, &pod).unwrap();
             apply(&all[..stop.min(all.len())], &mut node, &mut pod);
             match loss {
-                0 => { node.routes.pop(); }
+                0 => { node.routes.pop(); node.addresses.pop(); }
                 1 => { node.neighbours.pop(); }
                 2 => { pod.routes.pop(); }
                 3 => { pod.addresses.pop(); }

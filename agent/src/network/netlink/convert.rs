@@ -27,6 +27,8 @@ use super::{Address, Link, LinkChange, Neighbour, Route, VethPair};
 pub(in crate::network) const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 /// Before the main table's rule, after the local table's.
 const RULE_PRIORITY: u32 = 1_000;
+/// Prefix length of link-local addresses, bits (RFC 4291, section 2.5.6).
+const LINK_LOCAL_LENGTH: u8 = 64;
 
 /// Attribute of an extended acknowledgement that holds text (`NLMSGERR_ATTR_MSG`).
 const ACK_TEXT: u16 = 1;
@@ -167,9 +169,11 @@ pub(super) fn delete_rule(ip: IpAddr, table: u32) -> Message {
 fn full_address(link: u32, ip: IpAddr) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = family(ip);
-    message.header.prefix_len = full_length(ip);
+    // Who asks a link-local address has one too, and is answered on the link.
+    let local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    message.header.prefix_len = if local { LINK_LOCAL_LENGTH } else { full_length(ip) };
     message.header.index = link;
-    message.header.scope = AddressScope::Universe;
+    message.header.scope = if local { AddressScope::Link } else { AddressScope::Universe };
     if ip.is_ipv6() {
         message.header.flags = AddressHeaderFlags::Nodad;
     }

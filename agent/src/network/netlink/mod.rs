@@ -274,7 +274,8 @@ impl Connection {
         Ok(getsockopt(&self.socket.as_fd(), NetnsCookie)?)
     }
 
-    /// Gives a link an address of full prefix length, without duplicate address detection.
+    /// Gives a link an address of full prefix length, or of 64 bits where it is link-local, without duplicate address
+    /// detection.
     pub(super) fn set_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
         self.change(convert::new_address(link, ip), NLM_F_CREATE | NLM_F_REPLACE)
     }
