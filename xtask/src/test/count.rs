@@ -39,8 +39,10 @@ impl Tally {
     /// Counts tests that failed and were run once more by what came of that, and names them: a test that passes now and
     /// then is a defect that somebody has to look at.
     pub(crate) fn take_second_run(&mut self, names: &[String], again: &Tally) {
-        self.notes.push(format!("UNSTEADY, failed at first: {}", names.join(", ")));
-        if again.failed == 0 && again.passed == names.len() as u64 {
+        let mended = again.failed == 0 && again.passed == names.len() as u64;
+        let what = if mended { "UNSTEADY, failed at first" } else { "failed, also alone" };
+        self.notes.push(format!("{what}: {}", names.join(", ")));
+        if mended {
             self.failed = self.failed.saturating_sub(again.passed);
             self.passed += again.passed;
         }
