@@ -162,6 +162,8 @@ pub const STALE_SOCKETS_AGAIN_MS: u64 = 200;
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
 /// As long as this nothing of links, addresses and routes changes in a quiet moment.
 pub const POLICY_QUIET_MS: u64 = 500;
+/// While looks are put off the kernel's news are gathered for so long.
+pub const POLICY_PUT_OFF_MS: u64 = 20;
 /// Devices of new pods that get the programs in one look after everything while pods keep coming and no policy is there.
 pub const POLICY_ATTACHED_WHILE_BUSY_MAX: usize = 8;
 /// After a look at the node's links it rests so many times as long as it took.

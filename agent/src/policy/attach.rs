@@ -17,17 +17,19 @@ pub(super) struct Moment {
     pub(super) judged: bool,
 }
 
+/// Whether devices are looked at: each pod that comes changes several things, and where no policy is they can wait.
+pub(super) fn is_time(moment: Moment) -> bool {
+    moment.quiet || moment.tick || moment.judged
+}
+
 /// Parts the devices of pods into those that have the programs or get them now, and the number of those that wait.
 pub(super) fn now(
     pods: Vec<String>,
     has_programs: impl Fn(&str) -> bool,
     moment: Moment,
 ) -> (Vec<String>, usize) {
-    let mut room = match moment {
-        Moment { quiet: true, .. } | Moment { judged: true, .. } => usize::MAX,
-        Moment { tick: true, .. } => limits::POLICY_ATTACHED_WHILE_BUSY_MAX,
-        Moment { .. } => 0,
-    };
+    let busy = !moment.quiet && !moment.judged;
+    let mut room = if busy { limits::POLICY_ATTACHED_WHILE_BUSY_MAX } else { usize::MAX };
     let all = pods.len();
     let mut now = pods;
     now.retain(|name| {
@@ -60,9 +62,12 @@ mod tests {
     }
 
     #[test]
-    fn while_pods_come_the_new_ones_wait_and_the_others_keep_theirs() {
+    fn while_pods_come_the_others_keep_theirs_and_nothing_is_looked_at() {
+        let tick = Moment { tick: true, ..Moment::default() };
+        let most = limits::POLICY_ATTACHED_WHILE_BUSY_MAX;
         let old = |name: &str| name < "shv150";
-        assert_eq!(now(names(200), old, Moment::default()), (names(150), 50));
+        assert_eq!(now(names(200), old, tick), (names(150 + most), 50 - most));
+        assert!(is_time(tick) && !is_time(Moment::default()));
     }
 
     #[test]

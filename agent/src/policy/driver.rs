@@ -221,7 +221,9 @@ fn drive(config: &PolicyConfig, stats: &PolicyStats, rest: &Rest, mut inbox: mps
         let begun = Instant::now();
         kernel |= worker.is_due(quiet);
         let round = worker.round(config, Cause { kernel, tick, quiet });
-        if kernel {
+        if worker.put_off {
+            rest.after(limits::millis(limits::POLICY_PUT_OFF_MS) / limits::POLICY_REST_FACTOR);
+        } else if kernel {
             rest.after(begun.elapsed());
         }
         match round {
@@ -250,8 +252,8 @@ struct Cause {
 
 struct Worker {
     guard: Guard,
-    /// Pods' devices that wait for their programs.
-    put_off: usize,
+    /// Something changed that was not looked at, or pods' devices wait for their programs.
+    put_off: bool,
     planner: Planner,
     /// Flows that had gone past the stack when its tracking was last told.
     fast_flows: u64,
@@ -263,18 +265,21 @@ impl Worker {
     fn open(config: &PolicyConfig) -> Result<Self, DataplaneError> {
         let guard = Guard::open(&config.guard)?;
         let planner = Planner::new(guard.ids());
-        Ok(Self { guard, put_off: 0, planner, fast_flows: 0, said: false })
+        Ok(Self { guard, put_off: false, planner, fast_flows: 0, said: false })
     }
 
-    /// Whether devices that were put off can wait no longer.
+    /// Whether what was put off can wait no longer.
     fn is_due(&self, quiet: bool) -> bool {
-        self.put_off > 0 && (quiet || self.planner.policies() > 0)
+        self.put_off && (quiet || self.planner.policies() > 0)
     }
 
     /// One round; true when the kernel was changed.
     fn round(&mut self, config: &PolicyConfig, cause: Cause) -> Result<bool, DataplaneError> {
         let Cause { kernel, tick, quiet } = cause;
-        if kernel || tick {
+        let judged = self.planner.policies() > 0 || !self.planner.synced();
+        let moment = Moment { quiet, tick, judged };
+        self.put_off |= kernel && !attach::is_time(moment);
+        if (kernel || tick) && attach::is_time(moment) {
             let routes = routed_links(&config.pod_links)
                 .map_err(|source| DataplaneError::Host { op: "list routes to pods", source })?;
             let [host, _] = interface_addresses()?;
@@ -282,10 +287,8 @@ impl Worker {
             let pods: Vec<String> = names.into_iter().filter(|name| !config.uplinks.contains(name)).collect();
             let tunnels = config.tunnels.iter().filter(|name| has_link(name).unwrap_or(false));
             let outs: Vec<String> = config.uplinks.iter().chain(tunnels).cloned().collect();
-            let judged = self.planner.policies() > 0 || !self.planner.synced();
-            let moment = Moment { quiet, tick, judged };
-            let (pods, put_off) = attach::now(pods, |name| self.guard.is_attached(name), moment);
-            self.put_off = put_off;
+            let (pods, waiting) = attach::now(pods, |name| self.guard.is_attached(name), moment);
+            self.put_off = waiting > 0;
             // Programs before tables: a pod that is told of is one that is judged.
             self.guard.attach(&pods, &outs, tick)?;
             let devices: BTreeMap<_, _> = devices_of(&routes);
