@@ -47,7 +47,7 @@ pub(crate) use netlink::{
 };
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;
-use plan::{Conflict, Observed, POD_LINK, Want, is_cni, is_node_link, node_link_name};
+use plan::{Conflict, Observed, POD_LINK, Step, Want, is_cni, is_node_link, node_link_name};
 use ports::Ports;
 use reconcile::{Decision, OurLink};
 
@@ -499,18 +499,20 @@ impl Inner {
     ) -> Result<Vec<String>, NetworkError> {
         let uid = || want.key.clone();
         // One at a time: the kernel has one lock for all of this, and threads that fight for it keep the kernel's own
-        // tasks, which are waited for below, from getting it.
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // tasks, which are waited for last, from getting it.
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let node = sides.look_at_node(want, rows).map_err(look_failed(&want.key))?;
         let steps = plan::steps(want, &node, pod).map_err(|conflict| match conflict {
             Conflict::PodLink => NetworkError::PodLinkTaken { uid: uid(), ifname: want.ifname.clone() },
             Conflict::NodeLink(link) => NetworkError::NodeLinkTaken { uid: uid(), link },
         })?;
-        sides.apply(&steps).map_err(|(step, source)| NetworkError::Step {
-            uid: uid(),
-            step: step.to_string(),
-            source,
-        })?;
+        let done = steps.iter().position(|step| step.act.waits()).unwrap_or(steps.len());
+        let (made, awaited) = steps.split_at(done);
+        let failed =
+            |(step, source): (Step, _)| NetworkError::Step { uid: uid(), step: step.to_string(), source };
+        sides.apply(made).map_err(failed)?;
+        drop(turn);
+        sides.apply(awaited).map_err(failed)?;
         Ok(steps.iter().map(ToString::to_string).collect())
     }
 
@@ -519,7 +521,7 @@ impl Inner {
         let tables = Tables::read()?;
         let index = tables.links.iter().find(|l| l.name == link).map(|l| l.index);
         let to = tables.routes.iter().filter(|route| route.link.is_some() && route.link == index);
-        let mut ips: Vec<IpAddr> = to.map(|route| route.to.ip()).collect();
+        let mut ips: Vec<IpAddr> = to.filter_map(netlink::Route::to_one).collect();
         ips.retain(|ip| is_cni(uid) || self.config.pod_cidrs.iter().any(|range| range.contains(*ip)));
         ips.sort();
         Ok(ips)

@@ -164,6 +164,13 @@ pub(super) enum Act {
     DeleteRule { ip: IpAddr, table: u32 },
 }
 
+impl Act {
+    /// True for what changes nothing: [`steps`] has these last.
+    pub(super) fn waits(&self) -> bool {
+        matches!(self, Act::AwaitRunning { .. } | Act::AwaitLocal { .. })
+    }
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let side = match self.side {
@@ -484,6 +491,7 @@ mod tests {
         let (mut node, mut pod) = (Observed::default(), Observed::default());
         let first = steps(&want, &node, &pod).unwrap();
         assert!(matches!(&first[0].act, Act::CreatePair { mtu: 1450, .. }));
+        assert!(first.is_sorted_by_key(|step| step.act.waits()), "nothing comes after what is waited for");
         apply(&first, &mut node, &mut pod);
         assert_eq!(steps(&want, &node, &pod).unwrap(), []);
         assert_eq!(pod.addresses, want.ips);

@@ -117,6 +117,14 @@ pub(super) struct Route {
     pub(super) metric: u32,
 }
 
+impl Route {
+    /// The address that it is for, where it is for one alone.
+    pub(super) fn to_one(&self) -> Option<IpAddr> {
+        let whole = if self.to.is_ipv4() { 32 } else { 128 };
+        (self.to.prefix() == whole).then(|| self.to.ip())
+    }
+}
+
 /// A permanent neighbour.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Neighbour {

@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 
-use ipnetwork::IpNetwork;
-
 use super::{Connection, Link};
 
 /// A link that an address is routed to.
@@ -32,13 +30,12 @@ pub(crate) fn routed_to(
     let ours = |link: &Link| prefixes.iter().any(|prefix| link.name.starts_with(prefix.as_str()));
     let links: BTreeMap<u32, Link> =
         connection.links()?.into_iter().filter(ours).map(|link| (link.index, link)).collect();
-    let alone = |to: &IpNetwork| to.prefix() == if to.is_ipv4() { 32 } else { 128 };
-    let routes = connection.routes()?.into_iter().filter(|route| route.via.is_none() && alone(&route.to));
+    let routes = connection.routes()?.into_iter().filter(|route| route.via.is_none());
     let found = routes.filter_map(|route| {
-        let link = links.get(&route.link?)?;
+        let (link, ip) = (links.get(&route.link?)?, route.to_one()?);
         let pod = link.alias.as_deref().and_then(&pod).map(Into::into);
         let (name, index, queued) = (link.name.clone(), link.index, link.queued);
-        Some(RoutedLink { ip: route.to.ip(), name, index, queued, pod })
+        Some(RoutedLink { ip, name, index, queued, pod })
     });
     Ok(found.collect())
 }
