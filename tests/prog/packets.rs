@@ -11,8 +11,8 @@ use sheave_agent::service::{Event, Proto, ServiceExtras};
 use sheave_harness::{Cgroup, NetNs, require_root};
 
 use crate::golden::{
-    Frame, Hook, L4, Out, PAYLOAD, PLACES, PORT_EMPTY, PORT_LOCAL, PORT_LOCAL_ONLY, PORT_POD, PORT_REMOTE,
-    PORT_SAME_POD, REMOTE_MTU, SYN, conversation,
+    Frame, Hook, L4, Out, PAYLOAD, PLACES, PORT_DIRECT, PORT_DIRECT_LOCAL, PORT_EMPTY, PORT_LOCAL,
+    PORT_LOCAL_ONLY, PORT_POD, PORT_REMOTE, PORT_SAME_POD, REMOTE_MTU, SYN, conversation,
 };
 use crate::service_world::{World, address, at, ip, service, slice};
 
@@ -37,6 +37,8 @@ fn services() -> Vec<Event> {
             (PORT_REMOTE, Some(false)),
             (PORT_EMPTY, None),
             (PORT_LOCAL_ONLY, Some(false)),
+            (PORT_DIRECT, Some(false)),
+            (PORT_DIRECT_LOCAL, Some(true)),
         ];
         for (m, (node_port, local)) in shapes.into_iter().enumerate() {
             let name = format!("s{n}{m}");
@@ -47,10 +49,17 @@ fn services() -> Vec<Event> {
             let mut event = service(&name, &[&ips[0], &ips[1]], proto, node_port);
             if let Event::Service(service) = &mut event {
                 service.external_local = node_port == PORT_LOCAL_ONLY;
-                if node_port == PORT_LOCAL {
+                let dsr = [PORT_DIRECT, PORT_DIRECT_LOCAL].contains(&node_port);
+                let balancers: Vec<&str> = match node_port {
+                    PORT_LOCAL => PLACES.iter().map(|place| place.balancer).collect(),
+                    PORT_DIRECT_LOCAL => PLACES.iter().map(|place| place.direct).collect(),
+                    _ => Vec::new(),
+                };
+                if dsr || !balancers.is_empty() {
                     service.extras = Some(Box::new(ServiceExtras {
-                        ingress_ips: PLACES.iter().map(|place| address(place.balancer)).collect(),
+                        ingress_ips: balancers.into_iter().map(address).collect(),
                         source_ranges: PLACES.iter().map(|p| p.range.parse().expect("a range")).collect(),
+                        dsr,
                         ..ServiceExtras::default()
                     }));
                 }
@@ -166,11 +175,12 @@ fn golden_conversations() {
     for (reason, times) in [
         ("no_local_endpoints", 4),
         ("rejected_no_endpoints", 10),
-        ("source_range_refused", 4),
-        ("fragment", 2),
-        ("packet_too_big", 4),
-        ("hop_limit_expired", 4),
-        ("icmp_error_translated", 56),
+        ("source_range_refused", 6),
+        ("fragment", 4),
+        ("packet_too_big", 9),
+        ("hop_limit_expired", 14),
+        ("icmp_error_translated", 66),
+        ("tunnel_refused", 2),
         ("flow_collision", 0),
         ("rewrite_failed", 0),
         ("answer_failed", 0),

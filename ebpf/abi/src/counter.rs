@@ -91,6 +91,12 @@ counters! {
     CallMissing = 39, "program_missing", true;
     /// A packet was dropped silently that would have been answered, for many were answered this second.
     AnswerLimited = 41, "answer_limited", true;
+    /// A packet went to its backend's node whole, in a header of its own, for the backend to answer the client itself.
+    TunnelSent = 50, "tunnel_sent", false;
+    /// A packet that came so was taken out of its header.
+    TunnelReceived = 51, "tunnel_received", false;
+    /// A packet that came so is from this node's own address, or has lost its flow on the way: it was dropped.
+    TunnelRefused = 52, "tunnel_refused", true;
     /// A translated packet left by XDP, past the stack.
     XdpSent = 70, "xdp_sent", false;
 }

@@ -115,7 +115,8 @@ pub mod flow_flag {
     pub const FIN_BACKEND: u16 = 1 << 4;
     /// One of both sent RST.
     pub const RESET: u16 = 1 << 5;
-    /// The client's packets go to the backend's node whole, in a header of their own, and nobody answers by this node.
+    /// The client's packets go to the backend's node whole, in a header of their own, and nobody answers by this node: the
+    /// entry is the only one of its connection here.
     pub const TUNNEL: u16 = 1 << 6;
     /// The bits that say how far the connection is, which both of its entries carry.
     pub const STATE: u16 = REPLIED | FIN_CLIENT | FIN_BACKEND | RESET;
@@ -210,6 +211,8 @@ pub mod call {
     pub const ICMP: u32 = 3;
     /// Turns a packet into the answer that refuses it.
     pub const ANSWER: u32 = 4;
+    /// Takes a packet out of the header in which another node sent it on.
+    pub const UNWRAP: u32 = 5;
     /// How many there are, and room for more.
     pub const COUNT: usize = 8;
 }

@@ -8,7 +8,7 @@ use crate::packet::{
     ETHER_IPV4, ETHER_IPV6, ETHER_LEN, Headers, IPV4_LEN, IPV6_LEN, Kind, bytes_of_ports, pair6, parse_apart,
     word,
 };
-use sheave_ebpf_abi::{Counter, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, answer_kind};
+use sheave_ebpf_abi::{Address, Counter, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, answer_kind};
 
 /// What the sender of a packet is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,8 @@ fn may<E: Node>(env: &E, answer: Answer, proto: u8) -> bool {
     }
 }
 
-const TTL: u8 = 64;
+/// Hops of packets that begin here.
+pub(crate) const TTL: u8 = 64;
 const TCP_LEN: u32 = 20;
 const ICMP_LEN: u32 = 8;
 const FIN: u8 = 0x01;
@@ -148,13 +149,20 @@ pub fn ip_len<P: Packet>(packet: &P, v6: bool) -> Option<u32> {
     Some(if v6 { len + IPV6_LEN } else { len })
 }
 
+/// An IPv4 header towards the sender.
 #[inline(always)]
 fn ipv4(headers: &Headers, proto: u8, len: u32) -> [u8; 20] {
-    let [l0, l1] = (len as u16).to_be_bytes();
-    let s = headers.dst.words[3].to_ne_bytes();
-    let d = headers.src.words[3].to_ne_bytes();
+    ipv4_header(&headers.dst, &headers.src, 0, proto, len as u16)
+}
+
+/// An IPv4 header without options of a packet that may not be fragmented.
+#[inline(always)]
+pub(crate) fn ipv4_header(src: &Address, dst: &Address, tos: u8, proto: u8, len: u16) -> [u8; 20] {
+    let [l0, l1] = len.to_be_bytes();
+    let s = src.words[3].to_ne_bytes();
+    let d = dst.words[3].to_ne_bytes();
     let mut ip =
-        [0x45, 0, l0, l1, 0, 0, 0x40, 0, TTL, proto, 0, 0, s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3]];
+        [0x45, tos, l0, l1, 0, 0, 0x40, 0, TTL, proto, 0, 0, s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3]];
     let [c0, c1] = (!checksum::fold(sum(&ip))).to_ne_bytes();
     ip[10] = c0;
     ip[11] = c1;

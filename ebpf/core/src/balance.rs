@@ -5,6 +5,7 @@
 //! know the client's own address at egress of the device towards the client, after routing, since nothing before it
 //! may take a service's address for a source. Answers to this node, of masqueraded connections, at ingress; they are
 //! redirected, as are masqueraded packets on their way, past a stack that would drop packets from its own address.
+//! Packets of services with direct return are not translated here but at their backend's node ([`tunnel`]).
 
 use crate::affinity;
 use crate::answer::{self, Answer};
@@ -15,6 +16,7 @@ use crate::packet::{self, ETHER_LEN, Headers, Kind};
 use crate::quick;
 use crate::resolve::{self, Destination};
 use crate::select::{self, Scope};
+use crate::tunnel::{self, Within};
 use sheave_ebpf_abi::{
     Address, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend, MemberKey, PROTO_TCP,
     Plain as _, config_flag, flow_flag, frontend_flag, member_flag, node_addr_flag,
@@ -40,6 +42,8 @@ pub enum Link {
     Uplink,
     /// A pod is behind it.
     Pod,
+    /// Outside, and another node has sent the packet on whole: it is within a header that names its backend.
+    Tunnel,
 }
 
 /// The direction that a program sees.
@@ -64,6 +68,8 @@ pub enum Stage {
     Icmp,
     /// It is answered: [`crate::answer::make`] comes next.
     Answer(Answer),
+    /// It carries another one, perhaps of a service: [`tunnel::unwrap`] comes next.
+    Unwrap,
 }
 
 /// What the stages know of a packet. It is much for a stack, and lives where the caller has room.
@@ -71,6 +77,10 @@ pub enum Stage {
 pub struct Work {
     /// The packet's headers as they came.
     pub headers: Headers,
+    /// Source and destination of the header that it came in, at [`Link::Tunnel`].
+    pub outer: [Address; 2],
+    /// The slot whose backend that header names.
+    pub slot: u32,
     /// Key of its flow.
     pub key: FlowKey,
     /// Its flow.
@@ -94,6 +104,8 @@ impl Work {
     pub fn new() -> Self {
         Self {
             headers: packet::NOTHING,
+            outer: [Address::zeroed(); 2],
+            slot: 0,
             key: FlowKey::zeroed(),
             flow: Flow::zeroed(),
             other_key: FlowKey::zeroed(),
@@ -112,8 +124,8 @@ impl Default for Work {
     }
 }
 
-const PASS: Stage = Stage::Done(Verdict::Pass);
-const DROP: Stage = Stage::Done(Verdict::Drop);
+pub(crate) const PASS: Stage = Stage::Done(Verdict::Pass);
+pub(crate) const DROP: Stage = Stage::Done(Verdict::Drop);
 
 /// Backends tried for a tuple that another connection occupies, or while the table changes.
 const PICKS: u32 = 3;
@@ -123,7 +135,7 @@ const PORTS: u32 = 24;
 const PORTS_FIRST: u32 = 14;
 
 #[inline(always)]
-fn drop<E: Table + Node>(env: &E, work: &Work, counter: Counter) -> Stage {
+pub(crate) fn drop<E: Table + Node>(env: &E, work: &Work, counter: Counter) -> Stage {
     env.count(counter);
     env.tell(work, counter);
     DROP
@@ -131,7 +143,7 @@ fn drop<E: Table + Node>(env: &E, work: &Work, counter: Counter) -> Stage {
 
 /// Parses the packet, and gives a fragment the ports of its first one.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn classify<P: Packet, E: Table + Flows>(packet: &P, env: &E, work: &mut Work) -> Kind {
+pub(crate) fn classify<P: Packet, E: Table + Flows>(packet: &P, env: &E, work: &mut Work) -> Kind {
     let headers = &mut work.headers;
     let mut kind = packet::parse(packet, headers);
     if kind == Kind::FirstFragment || kind == Kind::LaterFragment {
@@ -173,6 +185,7 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
     match classify(packet, env, work) {
         Kind::Transport => {}
         Kind::IcmpError => return Stage::Icmp,
+        Kind::Tunnel if matches!(link, Link::Uplink) => return Stage::Unwrap,
         _ => return PASS,
     }
     let mut reply = false;
@@ -194,6 +207,9 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
             flow::keeps(env, work)
         };
         if stands && flow::note(env, work) {
+            if flow.flags & flow_flag::TUNNEL != 0 {
+                return tunnel::wrap(packet, env, work);
+            }
             return if snat { travel(packet, env, work) } else { finish(packet, env, work) };
         }
     }
@@ -237,7 +253,7 @@ pub fn egress<P: Packet, E: Table + Flows>(packet: &mut P, env: &E, work: &mut W
 
 /// Translates a packet that the stack takes on.
 #[inline(always)]
-fn finish<P: Packet, E: Table>(packet: &mut P, env: &E, work: &Work) -> Stage {
+pub(crate) fn finish<P: Packet, E: Table>(packet: &mut P, env: &E, work: &Work) -> Stage {
     if !packet::rewrite(packet, &work.headers, &flow::translated(&work.flow)) {
         env.count(Counter::RewriteFailed);
         return DROP;
@@ -249,7 +265,7 @@ fn finish<P: Packet, E: Table>(packet: &mut P, env: &E, work: &Work) -> Stage {
 
 /// Translates a packet that goes on past the stack.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn travel<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
+pub(crate) fn travel<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
     let (headers, flow) = (&work.headers, &work.flow);
     if headers.hops <= 1 {
         env.count(Counter::Expired);
@@ -282,7 +298,7 @@ fn travel<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) 
 
 /// Bytes of the largest IP packet that the buffer will be.
 #[inline(always)]
-fn wire_len<P: Packet>(packet: &P, headers: &Headers) -> u32 {
+pub(crate) fn wire_len<P: Packet>(packet: &P, headers: &Headers) -> u32 {
     let segment = packet.segment_len();
     if segment == 0 {
         return packet.size().saturating_sub(ETHER_LEN);
@@ -308,23 +324,34 @@ pub fn redirect<P: Packet, E: Table>(packet: &mut P, env: &E, headers: &Headers)
 
 /// Finds the frontend that a packet is for, if it is balanced when it arrives at such a device.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn frontend<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
+pub(crate) fn frontend<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
     let headers = &work.headers;
     let asked = Destination { addr: headers.dst, port: headers.dport, proto: headers.proto };
+    let wanted = match link {
+        Link::Uplink => OUTSIDE,
+        Link::Pod => 0,
+        Link::Tunnel => frontend_flag::DSR,
+    };
+    let fits = |found: &Frontend| wanted == 0 || found.flags & wanted != 0;
     if let Some(found) = resolve::frontend(env, &asked) {
         work.frontend = found;
-        let cluster_ip = found.flags & OUTSIDE == 0;
-        return !(cluster_ip && matches!(link, Link::Uplink));
+        return fits(&found);
     }
-    if !resolve::may_be_wildcard(env, headers.dport)
-        || env.node_flags(&headers.dst) & node_addr_flag::NODE_PORTS == 0
-    {
+    if !resolve::may_be_wildcard(env, headers.dport) {
+        return false;
+    }
+    // A NodePort is reached by an address of the node that was asked, which is the one that sends the packet on.
+    let of_node = match link {
+        Link::Tunnel => work.outer[0] == headers.dst,
+        _ => env.node_flags(&headers.dst) & node_addr_flag::NODE_PORTS != 0,
+    };
+    if !of_node {
         return false;
     }
     match resolve::node_port_frontend(env, &asked) {
         Some(found) => {
             work.frontend = found;
-            true
+            fits(&found)
         }
         None => false,
     }
@@ -341,7 +368,7 @@ const OUTSIDE: u32 = frontend_flag::NODE_PORT
 #[inline(always)]
 fn scope(frontend: &Frontend, link: Link) -> Scope {
     let flag = match link {
-        Link::Uplink => frontend_flag::EXTERNAL_LOCAL,
+        Link::Uplink | Link::Tunnel => frontend_flag::EXTERNAL_LOCAL,
         Link::Pod if frontend.flags & OUTSIDE == 0 => frontend_flag::INTERNAL_LOCAL,
         Link::Pod => 0,
     };
@@ -362,13 +389,19 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
     work: &mut Work,
     link: Link,
 ) -> Stage {
+    let wrapped = matches!(link, Link::Tunnel);
+    if wrapped && !tunnel::is_one(packet, work) {
+        return PASS;
+    }
     // A reset opens nothing.
-    if classify(packet, env, work) != Kind::Transport || work.headers.is_reset() || !frontend(env, work, link)
+    if classify(&Within::new(packet, wrapped), env, work) != Kind::Transport
+        || work.headers.is_reset()
+        || !frontend(env, work, link)
     {
         return PASS;
     }
     if work.frontend.flags & frontend_flag::SOURCE_RANGES != 0
-        && matches!(link, Link::Uplink)
+        && !matches!(link, Link::Pod)
         && !env.in_source_range(work.frontend.service, &work.headers.src)
     {
         return drop(env, work, Counter::SourceRefused);
@@ -377,7 +410,15 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
         return PASS;
     }
     let scope = scope(&work.frontend, link);
-    if select::range(&work.frontend, scope).is_none() {
+    if wrapped {
+        if !tunnel::name(env, work) {
+            return PASS;
+        }
+        // The stack would not deliver it.
+        if env.is_node_address(&work.headers.src) {
+            return drop(env, work, Counter::TunnelRefused);
+        }
+    } else if select::range(&work.frontend, scope).is_none() {
         if work.frontend.slot_count() != 0 {
             return drop(env, work, Counter::NoLocalEndpoints);
         }
@@ -391,7 +432,7 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
         // Should there be no room for the new one, nothing may be left of it that has no other half.
         flow::end(env, work);
     }
-    let placed = match place(env, work, scope, link) {
+    let placed = match find(env, work, scope, link) {
         Ok(true) => masquerade(env, work),
         Ok(false) => Ok(()),
         Err(counter) => Err(counter),
@@ -459,15 +500,24 @@ fn choose<E: Table + Affinities>(
     Some((backend, env.member(&member).is_some_and(|flags| flags & member_flag::LOCAL != 0)))
 }
 
-/// Finds a backend and, when the client's own address is kept, takes the tuple of its answers. Tells whether the
-/// client must be masqueraded, who is not yet then.
+/// Sees to the client's entry: one with a backend that was picked already, or with one that is picked now. Tells whether
+/// the client must be masqueraded, who is not yet then.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn place<E: Table + Affinities + Flows + Node>(
+fn find<E: Table + Affinities + Flows + Node>(
     env: &E,
     work: &mut Work,
     scope: Scope,
     link: Link,
 ) -> Result<bool, Counter> {
+    if matches!(link, Link::Tunnel) {
+        return match resolve::backend_at(env, work.frontend.service, work.slot) {
+            Some(backend) if backend.addr == work.outer[1] => {
+                assign(work, &backend);
+                place(env, work, true, link)
+            }
+            _ => Err(Counter::StaleSlot),
+        };
+    }
     let mut entropy = tuple_hash(&work.headers);
     let mut attempt = 0;
     let mut why = Counter::StaleSlot;
@@ -476,32 +526,56 @@ fn place<E: Table + Affinities + Flows + Node>(
         attempt += 1;
         entropy = select::mix(u64::from(entropy) + 1);
         let Some((backend, local)) = chosen else { continue };
-        let headers = &work.headers;
-        work.flow = Flow {
-            src: headers.src,
-            dst: backend.addr,
-            sport: headers.sport,
-            dport: backend.port,
-            backend: backend.id,
-            service: work.frontend.service,
-            seen_s: work.now_s,
-            flags: 0,
-            pad: 0,
-        };
-        // The stack would not deliver a packet from this node's address to this node.
-        let here = env.is_node_address(&work.flow.dst);
-        if !here && must_masquerade(env, work, local, link) {
-            return Ok(true);
-        }
-        match flow::take(env, work) {
-            Claim::Stored => return Ok(false),
-            // The same client port through another address of a service: a port of ours tells them apart.
-            Claim::Taken if !here => return Ok(true),
-            Claim::Taken => why = Counter::FlowCollision,
-            Claim::Refused => return Err(Counter::FlowFull),
+        assign(work, &backend);
+        match place(env, work, local, link) {
+            Err(Counter::FlowCollision) => why = Counter::FlowCollision,
+            done => return done,
         }
     }
     Err(why)
+}
+
+/// Makes the client's entry one that leads to the backend, its source kept.
+#[inline(always)]
+fn assign(work: &mut Work, backend: &Backend) {
+    let headers = &work.headers;
+    work.flow = Flow {
+        src: headers.src,
+        dst: backend.addr,
+        sport: headers.sport,
+        dport: backend.port,
+        backend: backend.id,
+        service: work.frontend.service,
+        seen_s: work.now_s,
+        flags: 0,
+        pad: 0,
+    };
+}
+
+/// Takes the tuple of the answers of the flow in `work` when the client's own address is kept and they come by this node.
+/// Tells whether the client must be masqueraded.
+#[inline(always)]
+fn place<E: Table + Flows>(env: &E, work: &mut Work, local: bool, link: Link) -> Result<bool, Counter> {
+    if !local
+        && work.frontend.flags & frontend_flag::DSR != 0
+        && matches!(link, Link::Uplink)
+        && !must_masquerade(env, work, true, link)
+    {
+        work.flow.flags = flow_flag::TUNNEL;
+        return Ok(false);
+    }
+    // The stack would not deliver a packet from this node's address to this node.
+    let here = env.is_node_address(&work.flow.dst);
+    if !here && must_masquerade(env, work, local, link) {
+        return Ok(true);
+    }
+    match flow::take(env, work) {
+        Claim::Stored => Ok(false),
+        // The same client port through another address of a service: a port of ours tells them apart.
+        Claim::Taken if !here => Ok(true),
+        Claim::Taken => Err(Counter::FlowCollision),
+        Claim::Refused => Err(Counter::FlowFull),
+    }
 }
 
 #[inline(always)]
@@ -513,19 +587,26 @@ fn must_masquerade<E: Table>(env: &E, work: &Work, local: bool, link: Link) -> b
         || everything()
 }
 
+/// The address that this node sends a packet on with: the one that the client asked when it is this node's, else the
+/// node's first.
+#[inline(always)]
+pub(crate) fn source<E: Table>(env: &E, headers: &Headers) -> Option<Address> {
+    if env.is_node_address(&headers.dst) {
+        return Some(headers.dst);
+    }
+    let config = env.config()?;
+    let first = if headers.v6 { config.node6 } else { config.node4 };
+    if first.words[3] == 0 && first.words[0] == 0 { None } else { Some(first) }
+}
+
 /// Gives the client's entry an address of this node as its source, with a port that nobody has towards the backend.
 /// Ports are tried in an order that the tuple gives, so that two processors with the same packet take the same one.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn masquerade<E: Table + Flows + Node>(env: &E, work: &mut Work) -> Result<(), Counter> {
     let Some(config) = env.config() else { return Err(Counter::NoNodeAddress) };
-    // The address that the client asked when it is this node's, else the node's first.
-    if env.is_node_address(&work.headers.dst) {
-        work.flow.src = work.headers.dst;
-    } else {
-        work.flow.src = if work.headers.v6 { config.node6 } else { config.node4 };
-        if work.flow.src.words[3] == 0 && work.flow.src.words[0] == 0 {
-            return Err(Counter::NoNodeAddress);
-        }
+    match source(env, &work.headers) {
+        Some(src) => work.flow.src = src,
+        None => return Err(Counter::NoNodeAddress),
     }
     work.flow.flags |= flow_flag::SNAT;
     let mut seed = tuple_hash(&work.headers);
@@ -607,26 +688,33 @@ pub fn run_long<P: Packet, E: Table + Affinities + Flows + Node>(
     side: Side,
     link: Link,
 ) -> Verdict {
-    let first = match side {
+    let mut link = link;
+    let mut opened = false;
+    let mut stage = match side {
         Side::Ingress => ingress(packet, env, work, link),
         Side::Egress => egress(packet, env, work),
     };
-    let stage = match first {
-        Stage::Open => open(packet, env, work, link),
-        other => other,
-    };
-    let stage = match stage {
-        Stage::Again => ingress(packet, env, work, link),
-        other => other,
-    };
-    match stage {
-        Stage::Done(verdict) => verdict,
-        Stage::Icmp => icmp::error(packet, env, work, side),
-        Stage::Answer(answer) => answer::give(packet, env, work, answer),
-        // The flow that was written is gone again.
-        Stage::Open | Stage::Again => {
-            env.count(Counter::FlowFull);
-            Verdict::Drop
+    loop {
+        let wrapped = matches!(link, Link::Tunnel);
+        stage = match stage {
+            Stage::Done(verdict) => return verdict,
+            Stage::Open if opened => {
+                // The flow that was written is gone again.
+                env.count(Counter::FlowFull);
+                return Verdict::Drop;
+            }
+            Stage::Open => {
+                opened = true;
+                open(packet, env, work, link)
+            }
+            Stage::Unwrap => {
+                link = Link::Tunnel;
+                tunnel::unwrap(packet, env, work)
+            }
+            Stage::Again if wrapped => tunnel::unwrap(packet, env, work),
+            Stage::Again => ingress(packet, env, work, link),
+            Stage::Icmp => icmp::error(packet, env, work, side, wrapped),
+            Stage::Answer(answer) => Stage::Done(answer::give(packet, env, work, answer)),
         }
     }
 }

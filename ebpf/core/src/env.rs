@@ -201,4 +201,15 @@ pub trait Packet {
     fn cut(&mut self, len: u32);
     /// Makes room for `len` bytes of unknown content between the Ethernet and the IP header.
     fn insert(&mut self, len: u32) -> bool;
+    /// The same for the IP header (without options) of a packet of the same family that carries this one. False where the
+    /// hook can't, which leaves the packet as it is.
+    #[inline(always)]
+    fn wrap(&mut self, _v6: bool) -> bool {
+        false
+    }
+    /// Takes such a header off again.
+    #[inline(always)]
+    fn unwrap(&mut self, _v6: bool) -> bool {
+        false
+    }
 }

@@ -88,12 +88,19 @@ pub const fn is_expired(flow: &Flow, proto: u8, now_s: u32) -> bool {
     now_s.saturating_sub(flow.seen_s) > limit
 }
 
+/// Whether a client that begins a connection with the tuple of `flow` begins another one. Of a flow that is answered past
+/// this node only the client's end is seen.
+#[inline(always)]
+const fn is_over(flow: &Flow) -> bool {
+    is_closing(flow.flags) || flow.flags & flow_flag::TUNNEL != 0 && flow.flags & flow_flag::FIN_CLIENT != 0
+}
+
 /// Whether the backend of the client's entry in `work` may go on serving it: a connection under way stays where it is,
 /// while a new one on an old tuple, and every datagram, wants a backend that still exists.
 #[inline(always)]
 pub fn keeps<E: Table>(env: &E, work: &Work) -> bool {
     let (headers, flow) = (&work.headers, &work.flow);
-    if is_expired(flow, headers.proto, work.now_s) || (headers.opens() && is_closing(flow.flags)) {
+    if is_expired(flow, headers.proto, work.now_s) || (headers.opens() && is_over(flow)) {
         return false;
     }
     if headers.proto == PROTO_TCP && !headers.opens() {
@@ -148,11 +155,14 @@ pub fn make_way<E: Flows>(env: &E, work: &mut Work) {
 }
 
 /// Notes a packet of the flow, at most once a second unless the connection's state changes, and then in both entries.
-/// False when the other entry's place belongs to another connection.
+/// False when the other entry's place belongs to another connection. A flow that is answered past this node has no other
+/// entry; its client goes on only when it was answered.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 pub fn note<E: Flows>(env: &E, work: &mut Work) -> bool {
     let reply = work.flow.flags & flow_flag::REPLY != 0;
-    let mut seen = if reply { flow_flag::REPLIED } else { 0 };
+    let tunnel = work.flow.flags & flow_flag::TUNNEL != 0;
+    let replied = reply || (tunnel && !work.headers.opens());
+    let mut seen = if replied { flow_flag::REPLIED } else { 0 };
     if work.headers.is_fin() {
         seen |= if reply { flow_flag::FIN_BACKEND } else { flow_flag::FIN_CLIENT };
     }
@@ -165,8 +175,11 @@ pub fn note<E: Flows>(env: &E, work: &mut Work) -> bool {
     work.flow.seen_s = work.now_s;
     work.flow.flags |= seen;
     env.touch(&work.key, work.now_s, seen);
-    turn(work);
     mark(env, &work.key, work.now_s);
+    if tunnel {
+        return true;
+    }
+    turn(work);
     mark(env, &work.other_key, work.now_s);
     match env.touch(&work.other_key, work.now_s, work.flow.flags & flow_flag::STATE) {
         Some(held) => same(&held, &work.other),

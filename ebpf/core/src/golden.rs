@@ -5,6 +5,9 @@
 use std::net::IpAddr;
 use std::vec::Vec;
 
+#[path = "golden_direct.rs"]
+mod direct;
+
 /// TCP flags of a connection's first packet.
 pub const SYN: u8 = 0x02;
 /// TCP flags of a packet within a connection.
@@ -319,6 +322,10 @@ pub struct Place {
     pub balancer: &'static str,
     /// The source range.
     pub range: &'static str,
+    /// Another node.
+    pub other_node: &'static str,
+    /// Load balancer's address of the service that [`PORT_DIRECT_LOCAL`] belongs to, for clients in [`Self::range`] only.
+    pub direct: &'static str,
 }
 
 /// The IPv4 and the IPv6 place.
@@ -334,6 +341,8 @@ pub const PLACES: [Place; 2] = [
         cluster_ip: "10.96.0.1",
         balancer: "192.0.2.77",
         range: "198.51.100.0/24",
+        other_node: "192.0.2.2",
+        direct: "192.0.2.78",
     },
     Place {
         node: "2001:db8::1",
@@ -346,6 +355,8 @@ pub const PLACES: [Place; 2] = [
         cluster_ip: "fd00:96::1",
         balancer: "2001:db8::77",
         range: "2001:db8:ffff::/48",
+        other_node: "2001:db8::2",
+        direct: "2001:db8::78",
     },
 ];
 
@@ -359,6 +370,10 @@ pub const PORT_SAME_POD: u16 = 30082;
 pub const PORT_EMPTY: u16 = 30083;
 /// NodePort of a service whose only endpoint is on another node, and which serves outside by local ones only.
 pub const PORT_LOCAL_ONLY: u16 = 30084;
+/// NodePort with direct return whose only endpoint is on another node.
+pub const PORT_DIRECT: u16 = 30085;
+/// NodePort with direct return and an endpoint of this node.
+pub const PORT_DIRECT_LOCAL: u16 = 30086;
 /// Port of the endpoints.
 pub const PORT_POD: u16 = 8080;
 /// Port of cluster IPs and load balancers.
@@ -385,6 +400,9 @@ pub fn conversation(p: &Place) -> Vec<Step> {
     steps.extend(errors_kept(p));
     steps.extend(errors_masqueraded(p));
     steps.extend(endings(p));
+    steps.extend(direct::sent(p));
+    steps.extend(direct::received(p));
+    steps.extend(direct::left_alone(p));
     steps
 }
 

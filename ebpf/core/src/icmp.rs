@@ -1,13 +1,13 @@
 //! ICMP and ICMPv6 errors about translated packets. Invariant: who gets the error finds in it the packet that it sent,
 //! with every checksum as right as it was.
 
-use crate::balance::{Side, Verdict, Work, redirect};
+use crate::balance::{self, PASS, Side, Stage, Work, redirect};
 use crate::env::{Flows, Journey, Node, Packet, Table, Way};
 use crate::packet::{
     ETHER_LEN, Headers, IPV4_ADDRESSES, IPV4_CHECK, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Kind, TCP_CHECK,
     Tuple, UDP_CHECK, address6, bytes_of, bytes_of_ports, chain, pair4, pair6, parse_apart, word,
 };
-use crate::{answer, checksum};
+use crate::{answer, checksum, tunnel};
 use sheave_ebpf_abi::{Address, Counter, FlowKey, PROTO_TCP, PROTO_UDP, flow_flag};
 
 const ICMP_LEN: u32 = 8;
@@ -103,20 +103,11 @@ fn quoted6<P: Packet>(packet: &P, quote: &mut Quote) -> Option<()> {
     Some(())
 }
 
-/// An ICMP error at a device. It goes the way that answers to the packet that it quotes go, and is translated where
-/// they are.
+/// Finds the flow that an ICMP error is about, by the packet that it quotes: `work` holds it then.
 #[inline(always)]
-pub fn error<P: Packet, E: Table + Flows + Node>(
-    packet: &mut P,
-    env: &E,
-    work: &mut Work,
-    side: Side,
-) -> Verdict {
-    if parse_apart(packet, &mut work.headers) != Kind::IcmpError {
-        return Verdict::Pass;
-    }
-    if quoted(packet, work).is_none() {
-        return Verdict::Pass;
+pub(crate) fn find<P: Packet, E: Flows>(packet: &P, env: &E, work: &mut Work) -> bool {
+    if parse_apart(packet, &mut work.headers) != Kind::IcmpError || quoted(packet, work).is_none() {
+        return false;
     }
     let tuple = &work.quote.tuple;
     work.key = FlowKey {
@@ -128,13 +119,39 @@ pub fn error<P: Packet, E: Table + Flows + Node>(
         pad: [0; 3],
     };
     match env.flow(&work.key) {
-        Some(flow) => work.flow = flow,
-        None => return Verdict::Pass,
+        // Who did not send the quoted packet is told nothing of it.
+        Some(flow) if work.headers.dst == work.key.dst => {
+            work.flow = flow;
+            true
+        }
+        _ => false,
+    }
+}
+
+/// An ICMP error at a device. It goes the way that answers to the packet that it quotes go, and is translated where
+/// they are. `wrapped`: it was taken out of a header here, so nobody but its flow may have it.
+#[inline(always)]
+pub fn error<P: Packet, E: Table + Flows + Node>(
+    packet: &mut P,
+    env: &E,
+    work: &mut Work,
+    side: Side,
+    wrapped: bool,
+) -> Stage {
+    let found = find(packet, env, work);
+    if wrapped && (!found || work.flow.flags & flow_flag::TUNNEL != 0) {
+        return balance::drop(env, work, Counter::TunnelRefused);
+    }
+    if !found {
+        return PASS;
     }
     let (headers, flow) = (&work.headers, &work.flow);
     let at_egress = flow.flags & (flow_flag::REPLY | flow_flag::SNAT) == flow_flag::REPLY;
-    if at_egress != matches!(side, Side::Egress) || headers.dst != work.key.dst {
-        return Verdict::Pass;
+    if at_egress != matches!(side, Side::Egress) {
+        return PASS;
+    }
+    if flow.flags & flow_flag::TUNNEL != 0 {
+        return tunnel::wrap(packet, env, work);
     }
     let snat = flow.flags & flow_flag::SNAT != 0;
     // The other end's own word comes from where it is known to be; a router's comes from the router, unless only an
@@ -145,14 +162,14 @@ pub fn error<P: Packet, E: Table + Flows + Node>(
     work.quote.inner = Tuple { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport };
     if snat && !find_way(packet, env, work) {
         env.count(Counter::NoRoute);
-        return Verdict::Drop;
+        return balance::DROP;
     }
     if !(restore(packet, work) && readdress(packet, &work.headers, &work.quote.outer)) {
         env.count(Counter::RewriteFailed);
-        return Verdict::Drop;
+        return balance::DROP;
     }
     env.count(Counter::IcmpTranslated);
-    if snat { redirect(packet, env, &work.headers) } else { Verdict::Pass }
+    if snat { Stage::Done(redirect(packet, env, &work.headers)) } else { PASS }
 }
 
 /// Finds where the error goes on when it must not meet the stack.

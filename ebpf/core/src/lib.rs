@@ -17,6 +17,7 @@ pub mod quick;
 pub mod resolve;
 pub mod reverse;
 pub mod select;
+pub mod tunnel;
 
 #[cfg(test)]
 extern crate std;

@@ -30,6 +30,10 @@ const TCP_FLAGS: u32 = 13;
 pub const IPV4_ADDRESSES: u32 = 12;
 /// Where the addresses lie in an IPv6 header, source first.
 pub const IPV6_ADDRESSES: u32 = 8;
+/// IPv4 within IP (IANA protocol numbers).
+pub const PROTO_IPIP: u8 = 4;
+/// IPv6 within IP (IANA protocol numbers).
+pub const PROTO_IPV6: u8 = 41;
 /// Where the TTL lies in an IPv4 header.
 const IPV4_TTL: u32 = 8;
 /// Where the hop limit lies in an IPv6 header.
@@ -117,6 +121,8 @@ pub enum Kind {
     LaterFragment,
     /// An ICMP or ICMPv6 error, which quotes a packet.
     IcmpError,
+    /// A whole packet of the same family right behind a plain IP header.
+    Tunnel,
     /// Another protocol: none of our business.
     Other,
     /// Headers that end early or contradict themselves.
@@ -185,7 +191,8 @@ fn parse_v4<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
         return Kind::Bad;
     }
     let proto = ip[9];
-    if !is_transport(proto) && proto != PROTO_ICMP {
+    let tunnel = proto == PROTO_IPIP && len == IPV4_LEN;
+    if !tunnel && !is_transport(proto) && proto != PROTO_ICMP {
         return Kind::Other;
     }
     headers.src = Address::v4(word(&ip, 12));
@@ -196,8 +203,11 @@ fn parse_v4<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
     headers.l4 = ETHER_LEN + len;
     headers.id = u32::from(u16::from_ne_bytes([ip[4], ip[5]]));
     // A fragment offset, or the bit that more fragments follow.
-    let later = ip[6] & 0x1f != 0 || ip[7] != 0;
-    behind(packet, headers, later, ip[6] & 0x20 != 0)
+    let (later, more) = (ip[6] & 0x1f != 0 || ip[7] != 0, ip[6] & 0x20 != 0);
+    if tunnel {
+        return if later || more { Kind::Other } else { Kind::Tunnel };
+    }
+    behind(packet, headers, later, more)
 }
 
 const HOP_BY_HOP: u8 = 0;
@@ -268,6 +278,9 @@ fn parse_v6<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
     headers.v6 = true;
     headers.l4 = at;
     headers.id = id;
+    if ip[6] == PROTO_IPV6 {
+        return Kind::Tunnel;
+    }
     if !later && !is_transport(next) && next != PROTO_ICMPV6 {
         return if is_extension(next) { Kind::Bad } else { Kind::Other };
     }
@@ -408,11 +421,17 @@ fn addresses6<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple, check: 
 /// after it.
 #[inline(always)]
 pub fn pass_hop<P: Packet>(packet: &mut P, v6: bool, proto: u8, hops: u8) -> bool {
+    pass_hop_at(packet, ETHER_LEN, v6, proto, hops)
+}
+
+/// [`pass_hop`] of the IP header at `at`.
+#[inline(always)]
+pub fn pass_hop_at<P: Packet>(packet: &mut P, at: u32, v6: bool, proto: u8, hops: u8) -> bool {
     let left = hops.wrapping_sub(1);
     if v6 {
-        return packet.store::<1>(ETHER_LEN + IPV6_HOP_LIMIT, [left], true);
+        return packet.store::<1>(at + IPV6_HOP_LIMIT, [left], true);
     }
     let word = |hops: u8| u16::from_ne_bytes([hops, proto]);
-    packet.fix_l3(ETHER_LEN + IPV4_CHECK, checksum::diff16(word(hops), word(left)))
-        && packet.store::<1>(ETHER_LEN + IPV4_TTL, [left], false)
+    packet.fix_l3(at + IPV4_CHECK, checksum::diff16(word(hops), word(left)))
+        && packet.store::<1>(at + IPV4_TTL, [left], false)
 }

@@ -13,10 +13,13 @@ use aya_ebpf::{
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, read_volatile};
 use sheave_ebpf_core::env::Packet;
-use sheave_ebpf_core::packet::ETHER_LEN;
+use sheave_ebpf_core::packet::{ETHER_LEN, IPV4_LEN, IPV6_LEN};
 
-/// BPF_ADJ_ROOM_MAC (uapi/linux/bpf.h).
+/// BPF_ADJ_ROOM_MAC and BPF_F_ADJ_ROOM_* (uapi/linux/bpf.h).
 const ADJ_ROOM_MAC: u32 = 1;
+const FIXED_GSO: u64 = 1 << 0;
+const ENCAP_IPV4: u64 = 1 << 1;
+const ENCAP_IPV6: u64 = 1 << 2;
 
 /// Index of the device that the packet is at.
 #[inline(always)]
@@ -132,5 +135,21 @@ impl Packet for Skb<'_> {
     fn insert(&mut self, len: u32) -> bool {
         // SAFETY: the helper checks the length.
         unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, len as i32, ADJ_ROOM_MAC, 0) == 0 }
+    }
+
+    /// The sizes of what will be several packets stay: whether they fit was asked with the header counted.
+    #[inline(always)]
+    fn wrap(&mut self, v6: bool) -> bool {
+        let (len, family) = if v6 { (IPV6_LEN, ENCAP_IPV6) } else { (IPV4_LEN, ENCAP_IPV4) };
+        let flags = family | FIXED_GSO;
+        // SAFETY: as in `insert`.
+        unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, len as i32, ADJ_ROOM_MAC, flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn unwrap(&mut self, v6: bool) -> bool {
+        let len = if v6 { IPV6_LEN } else { IPV4_LEN };
+        // SAFETY: as in `insert`.
+        unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, -(len as i32), ADJ_ROOM_MAC, FIXED_GSO) == 0 }
     }
 }

@@ -16,7 +16,7 @@ use sheave_ebpf_abi::{Counter, call};
 use sheave_ebpf_core::answer::{self, Answer};
 use sheave_ebpf_core::balance::{self, Link, Side, Stage, Verdict, Work};
 use sheave_ebpf_core::env::{Route, Table as _};
-use sheave_ebpf_core::{icmp, quick};
+use sheave_ebpf_core::{icmp, quick, tunnel};
 use sheave_ebpf_kernel::frame::Skb;
 
 /// What is carried from program to program in the packet's control block: the device's kind and side, and the answer.
@@ -26,6 +26,8 @@ const WORD_ANSWER: usize = 1;
 const AT_UPLINK: u32 = 0x5e01;
 const AT_POD: u32 = 0x5e02;
 const LEAVING: u32 = 0x5e03;
+/// At an uplink, within a header.
+const WRAPPED: u32 = 0x5e04;
 /// A bit of the first word: a flow was written for the packet already.
 const OPENED: u32 = 0x100;
 
@@ -64,7 +66,11 @@ pub fn shv_tc_open(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT as i32;
     }
     set(&ctx, WORD_WHERE, place | OPENED);
-    let link = if place == AT_POD { Link::Pod } else { Link::Uplink };
+    let link = match place {
+        AT_POD => Link::Pod,
+        WRAPPED => Link::Tunnel,
+        _ => Link::Uplink,
+    };
     let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
     let stage = balance::open(&Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, link);
     go_on(&ctx, work, stage)
@@ -73,10 +79,22 @@ pub fn shv_tc_open(ctx: TcContext) -> i32 {
 /// Called only: translates an ICMP error.
 #[classifier]
 pub fn shv_tc_icmp(ctx: TcContext) -> i32 {
-    let side = if get(&ctx, WORD_WHERE) == LEAVING { Side::Egress } else { Side::Ingress };
+    let place = get(&ctx, WORD_WHERE);
+    let side = if place == LEAVING { Side::Egress } else { Side::Ingress };
     let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
-    let verdict = icmp::error(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, side);
-    code(&ctx, work, verdict)
+    let stage = icmp::error(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, side, place == WRAPPED);
+    go_on(&ctx, work, stage)
+}
+
+/// Called only: takes a packet out of the header that it was sent on in.
+#[classifier]
+pub fn shv_tc_unwrap(ctx: TcContext) -> i32 {
+    if get(&ctx, WORD_WHERE) != WRAPPED | OPENED {
+        set(&ctx, WORD_WHERE, WRAPPED);
+    }
+    let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
+    let stage = tunnel::unwrap(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work);
+    go_on(&ctx, work, stage)
 }
 
 /// Called only: answers.
@@ -107,8 +125,12 @@ fn go_on(ctx: &TcContext, work: &Work, stage: Stage) -> i32 {
     let next = match stage {
         Stage::Done(verdict) => return code(ctx, work, verdict),
         Stage::Open => call::OPEN,
-        Stage::Again if get(ctx, WORD_WHERE) & !OPENED == AT_POD => call::POD_INGRESS,
-        Stage::Again => call::INGRESS,
+        Stage::Again => match get(ctx, WORD_WHERE) & !OPENED {
+            AT_POD => call::POD_INGRESS,
+            WRAPPED => call::UNWRAP,
+            _ => call::INGRESS,
+        },
+        Stage::Unwrap => call::UNWRAP,
         Stage::Icmp => call::ICMP,
         Stage::Answer(answer) => {
             set(ctx, WORD_ANSWER, answer.to_word());

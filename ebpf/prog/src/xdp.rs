@@ -7,7 +7,7 @@ use crate::maps;
 use crate::skb::{Env, Hook};
 use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
-    helpers::generated::{bpf_xdp_load_bytes, bpf_xdp_store_bytes},
+    helpers::generated::{bpf_xdp_adjust_head, bpf_xdp_load_bytes, bpf_xdp_store_bytes},
     macros::xdp,
     programs::XdpContext,
 };
@@ -171,5 +171,16 @@ impl Packet for Frame<'_> {
     #[inline(always)]
     fn insert(&mut self, _: u32) -> bool {
         false
+    }
+
+    #[inline(always)]
+    fn wrap(&mut self, v6: bool) -> bool {
+        let room = if v6 { IPV6_LEN } else { IPV4_LEN };
+        // SAFETY: the helper checks the length.
+        if unsafe { bpf_xdp_adjust_head(self.ctx.ctx, -(room as i32)) } != 0 {
+            return false;
+        }
+        // The link's header comes along.
+        self.load::<14>(room).is_some_and(|ether| self.store::<14>(0, ether, false))
     }
 }

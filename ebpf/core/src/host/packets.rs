@@ -136,6 +136,13 @@ impl Packet for Bytes {
         self.0.splice(14..14, std::vec![0xaa; len as usize]);
         true
     }
+    fn wrap(&mut self, v6: bool) -> bool {
+        self.insert(if v6 { 40 } else { 20 })
+    }
+    fn unwrap(&mut self, v6: bool) -> bool {
+        self.0.drain(14..if v6 { 54 } else { 34 });
+        true
+    }
 }
 
 fn golden_kernel() -> Kernel {
@@ -160,6 +167,12 @@ fn golden_kernel() -> Kernel {
             kernel.add(id + 3, &[(any, golden::PORT_EMPTY)], proto, flags, &[]);
             let flags = flags | frontend_flag::EXTERNAL_LOCAL;
             kernel.add(id + 4, &[(any, golden::PORT_LOCAL_ONLY)], proto, flags, &remote);
+            let flags = frontend_flag::NODE_PORT | frontend_flag::DSR;
+            kernel.add(id + 5, &[(any, golden::PORT_DIRECT)], proto, flags, &remote);
+            kernel.add(id + 6, &[(any, golden::PORT_DIRECT_LOCAL)], proto, flags, &local);
+            let flags_lb = flags_lb | frontend_flag::DSR;
+            kernel.add(id + 6, &[(place.direct, golden::PORT_SERVICE)], proto, flags_lb, &local);
+            kernel.ranges.push((id + 6, address(first), if place.v4() { 96 + len } else { len }));
         }
     }
     kernel
@@ -266,11 +279,12 @@ fn golden_conversations() {
     for (counter, times) in [
         (Counter::NoLocalEndpoints, 4),
         (Counter::Rejected, 10),
-        (Counter::SourceRefused, 4),
-        (Counter::Fragment, 2),
-        (Counter::TooBig, 4),
-        (Counter::Expired, 4),
-        (Counter::IcmpTranslated, 56),
+        (Counter::SourceRefused, 6),
+        (Counter::Fragment, 4),
+        (Counter::TooBig, 9),
+        (Counter::Expired, 14),
+        (Counter::IcmpTranslated, 66),
+        (Counter::TunnelRefused, 2),
         (Counter::FlowCollision, 0),
         (Counter::RewriteFailed, 0),
         (Counter::AnswerFailed, 0),
