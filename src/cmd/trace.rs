@@ -74,7 +74,11 @@ fn print(out: &mut impl Write, found: &Trace) -> Result<()> {
 fn candidate(at: &Candidate) -> String {
     let place = if at.local { "this node" } else { "another node" };
     let state = if at.ready { "ready" } else { "terminating" };
-    let source = if at.masqueraded { "sees the node's address" } else { "sees the sender's address" };
+    let source = match (at.masqueraded, at.direct) {
+        (true, _) => "sees the node's address",
+        (_, true) => "sees the sender's address and answers it directly",
+        _ => "sees the sender's address",
+    };
     format!("{:>5.1} %  {:<24} {state}, {place}, {source}", at.share * 100.0, at.address.to_string())
 }
 
@@ -84,6 +88,7 @@ fn as_json(found: &Trace) -> Value {
         json!({
             "address": at.address.to_string(), "share": at.share, "local": at.local, "ready": at.ready,
             "masqueraded": at.masqueraded,
+            "direct": at.direct,
         })
     };
     json!({

@@ -263,14 +263,7 @@ fn scheduler(meta: &ObjectMeta, problems: &mut Problems) -> Scheduler {
 fn dsr(meta: &ObjectMeta, problems: &mut Problems) -> bool {
     match annotation(meta, FORWARDING) {
         None => false,
-        Some("dsr") => {
-            // Kept, so that it takes effect without a change of the object once a data plane can do it.
-            problems.add(
-                format_args!("metadata.annotations[{FORWARDING}]"),
-                format_args!("no data plane of this version can do dsr; the service is masqueraded"),
-            );
-            true
-        }
+        Some("dsr") => true,
         Some(other) => {
             problems.add(
                 format_args!("metadata.annotations[{FORWARDING}]"),

@@ -116,7 +116,7 @@ fn annotations_choose_scheduler_and_forwarding() {
     for (annotations, scheduler, dsr, bad) in [
         (json!({}), Scheduler::Default, false, false),
         (json!({SCHEDULER: "maglev"}), Scheduler::Maglev, false, false),
-        (json!({SCHEDULER: "wlc", FORWARDING: "dsr"}), Scheduler::Ipvs(IpvsScheduler::Wlc), true, true),
+        (json!({SCHEDULER: "wlc", FORWARDING: "dsr"}), Scheduler::Ipvs(IpvsScheduler::Wlc), true, false),
         (json!({SCHEDULER: "best"}), Scheduler::Default, false, true),
         (json!({FORWARDING: "geneve"}), Scheduler::Default, false, true),
     ] {

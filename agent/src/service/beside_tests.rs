@@ -273,17 +273,20 @@ fn full_members_and_ranges_refuse_the_service_and_nothing_else() {
 
 #[test]
 fn what_the_data_plane_cannot_do_is_left_out_and_told() {
-    let abilities = Abilities { sctp: false, ipvs_schedulers: false, ..Abilities::ALL };
+    let abilities = Abilities { sctp: false, dsr: false, ipvs_schedulers: false, ..Abilities::ALL };
     let mut world = World::new(abilities);
     let mut tcp = Port::new(1, Proto::Tcp, &[1]);
     tcp.policy.scheduler = Scheduler::Ipvs(IpvsScheduler::Lc);
+    tcp.policy.dsr = true;
     let (_, told) = world.set("a", &[&tcp, &Port::new(1, Proto::Sctp, &[1])]);
     let refusal = Refusal::Protocol { port: 80, proto: Proto::Sctp };
     assert!(refusal.to_string().contains("does not balance SCTP: port 80"), "{refusal}");
-    assert_eq!(told, Ok(vec![refusal]));
+    assert!(Refusal::Forwarding.to_string().contains("sheave.io/forwarding"));
+    assert_eq!(told, Ok(vec![Refusal::Forwarding, refusal]));
     let keys: Vec<_> = world.kernel.frontends.keys().copied().collect();
     assert_eq!(keys, [frontend(1, Proto::Tcp)]);
-    assert_eq!(world.kernel.frontends[&keys[0]].policy.scheduler, Scheduler::Default);
+    let policy = world.kernel.frontends[&keys[0]].policy;
+    assert_eq!((policy.scheduler, policy.dsr), (Scheduler::Default, false));
     world.put("a", &[]);
     assert!(world.kernel.frontends.is_empty());
 }

@@ -94,6 +94,8 @@ pub struct Capacity {
 pub struct Abilities {
     /// It balances SCTP.
     pub sctp: bool,
+    /// It lets backends of other nodes answer clients themselves; where not, clients are masqueraded.
+    pub dsr: bool,
     /// It has the kernel's IPVS schedulers; where not, services that name one get the default.
     pub ipvs_schedulers: bool,
     /// Services that one round of changes is made for at most. A data plane that makes the kernel equal to the first
@@ -103,7 +105,8 @@ pub struct Abilities {
 
 impl Abilities {
     /// A data plane that can do everything, in rounds of any size.
-    pub const ALL: Self = Self { sctp: true, ipvs_schedulers: true, services_per_round: usize::MAX };
+    pub const ALL: Self =
+        Self { sctp: true, dsr: true, ipvs_schedulers: true, services_per_round: usize::MAX };
 }
 
 /// All that the kernel holds.
@@ -201,6 +204,12 @@ pub enum Refusal {
         /// Its protocol.
         proto: Proto,
     },
+    /// The data plane in use does not let backends answer clients themselves; they are masqueraded.
+    #[error(
+        "metadata.annotations[sheave.io/forwarding]: this node's data plane cannot do dsr, its clients are masqueraded; \
+         ebpf can"
+    )]
+    Forwarding,
     /// Another service has the frontend; the rest of the service is programmed.
     #[error("{} {} port {} belongs to {owner}", .frontend.proto.name(), .frontend.addr, .frontend.port)]
     Taken {

@@ -166,6 +166,12 @@ impl Table {
             }
             return Ok(None);
         }
+        if !self.abilities.dsr
+            && port.frontends.iter().any(|(_, policy)| policy.dsr)
+            && !refusals.contains(&Refusal::Forwarding)
+        {
+            refusals.push(Refusal::Forwarding);
+        }
         let (counts, local_only) = counts(&port.counts)?;
         let mut frontends = Vec::with_capacity(port.frontends.len());
         let mut id = None;
@@ -200,7 +206,7 @@ impl Table {
             Scheduler::Ipvs(_) if !self.abilities.ipvs_schedulers => Scheduler::Default,
             scheduler => scheduler,
         };
-        FrontendPolicy { scheduler, ..*wanted }
+        FrontendPolicy { scheduler, dsr: wanted.dsr && self.abilities.dsr, ..*wanted }
     }
 
     fn fresh_service(&mut self, ids: &[ServiceId]) -> ServiceId {

@@ -46,6 +46,7 @@ pub(super) const CALLS: &[(u32, &str)] = &[
     (call::POD_INGRESS, "shv_pod_ingress"),
     (call::ICMP, "shv_tc_icmp"),
     (call::ANSWER, "shv_tc_answer"),
+    (call::UNWRAP, "shv_tc_unwrap"),
 ];
 
 /// Whose programs are at a device: policies judge what a pod sends before services translate it, and what it receives

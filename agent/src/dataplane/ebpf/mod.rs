@@ -379,6 +379,7 @@ impl Dataplane for EbpfDataplane {
     fn abilities(&self) -> Abilities {
         Abilities {
             sctp: false,
+            dsr: true,
             ipvs_schedulers: false,
             services_per_round: limits::DATAPLANE_SERVICES_PER_ROUND_MAX,
         }

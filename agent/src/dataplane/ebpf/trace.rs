@@ -80,6 +80,8 @@ pub struct Candidate {
     pub ready: bool,
     /// A packet that goes there gets the node's address as its source.
     pub masqueraded: bool,
+    /// The packet goes there whole, and the backend answers the sender itself, past this node.
+    pub direct: bool,
 }
 
 /// One decision on the way.
@@ -157,7 +159,7 @@ impl Tracer<'_> {
             candidates.retain(|at| at.address == bound);
             candidates.iter_mut().for_each(|at| at.share = 1.0);
         }
-        self.source(origin, &mut candidates)?;
+        self.source(origin, &entry, &mut candidates)?;
         candidates.sort_by(|a, b| b.share.total_cmp(&a.share).then(a.address.cmp(&b.address)));
         Ok((Outcome::Balanced, Some(row), candidates))
     }
@@ -382,6 +384,7 @@ impl Tracer<'_> {
                 local: is_local,
                 ready: is_ready,
                 masqueraded: false,
+                direct: false,
             });
             held.share += share;
         }
@@ -504,14 +507,21 @@ impl Tracer<'_> {
     }
 
     /// Says whose address the backend sees.
-    fn source(&mut self, origin: Origin, candidates: &mut [Candidate]) -> Result<(), DataplaneError> {
+    fn source(
+        &mut self,
+        origin: Origin,
+        entry: &FrontendEntry,
+        candidates: &mut [Candidate],
+    ) -> Result<(), DataplaneError> {
         if origin != Origin::Outside {
             self.say("source", "kept: the socket talks to the backend itself");
             return Ok(());
         }
         let everything = self.config()?.is_some_and(|config| config.flags & config_flag::MASQUERADE_ALL != 0);
         for at in candidates.iter_mut() {
-            at.masqueraded = everything || !at.local || self.question.from == Some(at.address.ip());
+            let itself = self.question.from == Some(at.address.ip());
+            at.direct = entry.policy.dsr && !at.local && !everything && !itself;
+            at.masqueraded = everything || itself || !at.local && !at.direct;
         }
         let masqueraded = candidates.iter().filter(|at| at.masqueraded).count();
         let said = match (everything, masqueraded, candidates.len()) {
@@ -522,6 +532,14 @@ impl Tracer<'_> {
             }
             _ => "the node's for backends on other nodes, kept for those of this node",
         };
+        if candidates.iter().any(|at| at.direct) {
+            self.say(
+                "source",
+                "kept for backends on other nodes too: they get the packet whole and answer the sender themselves, past \
+                 this node",
+            );
+            return Ok(());
+        }
         self.say("source", said);
         Ok(())
     }

@@ -12,7 +12,7 @@ mod rules;
 use super::mirror::Mirror;
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode, NodePortAddresses};
 use crate::network::AddressDevice;
-use crate::service::{Capacity, Changes, FrontendKey, IpvsScheduler, Observed};
+use crate::service::{Abilities, Capacity, Changes, FrontendKey, IpvsScheduler, Observed};
 use book::{Book, reached};
 use kernel::{Ipvs, about, host, nft};
 use model::{Op, Service, ServiceKey, Settings, diff, record};
@@ -395,6 +395,10 @@ impl Dataplane for IpvsPlane {
 
     fn capacity(&self) -> Capacity {
         ROOM
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities { dsr: false, ..Abilities::ALL }
     }
 
     fn observe(&mut self) -> Result<Observed, DataplaneError> {

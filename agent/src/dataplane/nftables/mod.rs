@@ -24,7 +24,7 @@ use super::mirror::{Mirror, Touched};
 use super::{Attached, Dataplane, DataplaneConfig, DataplaneError, Mode};
 use crate::network::netlink::nfnl::Netfilter;
 use crate::network::netlink::nft::Transaction;
-use crate::service::{Capacity, Changes, Family, Observed};
+use crate::service::{Abilities, Capacity, Changes, Family, Observed};
 use state::State;
 use std::collections::BTreeSet;
 use std::io;
@@ -201,6 +201,10 @@ impl Dataplane for Nftables {
 
     fn capacity(&self) -> Capacity {
         CAPACITY
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities { dsr: false, ..Abilities::ALL }
     }
 
     fn observe(&mut self) -> Result<Observed, DataplaneError> {
