@@ -49,6 +49,7 @@ mod runtime_logs;
 mod runtime_survival;
 mod service_bed;
 mod service_change;
+mod service_direct;
 mod service_killed;
 mod service_kinds;
 mod service_nft;

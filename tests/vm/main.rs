@@ -10,11 +10,12 @@ const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
 /// Which tests of the netns suite say something about a kernel, and take no longer than a guest has time for: emulated
 /// processors are some ten times slower. IPVS is to be had here only.
-const SUBJECTS: [&str; 10] = [
+const SUBJECTS: [&str; 11] = [
     "ipvs_",
     "kernel_",
     "policy_life",
     "runtime_",
+    "service_direct",
     "service_killed",
     "service_kinds",
     "service_nodeport",

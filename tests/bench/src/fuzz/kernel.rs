@@ -214,6 +214,10 @@ impl Node for Kernel {
 pub(crate) struct Buffer {
     pub(crate) bytes: Vec<u8>,
     pub(crate) segment_len: u32,
+    /// A header was put around it.
+    pub(crate) wrapped: bool,
+    /// A header was taken off it.
+    pub(crate) unwrapped: bool,
     /// Accesses that a program may not make, where a helper would not even refuse.
     pub(crate) wrong: Vec<String>,
 }
@@ -262,11 +266,28 @@ impl Packet for Buffer {
         drop(self.bytes.splice(14..14, vec![0xee; len as usize]));
         true
     }
+    fn wrap(&mut self, v6: bool) -> bool {
+        if self.wrapped || self.unwrapped {
+            self.wrong.push("a header around a packet that has or had one".to_owned());
+        }
+        self.wrapped = true;
+        self.insert(if v6 { 40 } else { 20 })
+    }
+    fn unwrap(&mut self, v6: bool) -> bool {
+        let len = if v6 { 40 } else { 20 };
+        // As the kernel's helper: what is left must have room for an IP header.
+        if self.unwrapped || self.bytes.len() < 14 + 2 * len {
+            return false;
+        }
+        self.unwrapped = true;
+        drop(self.bytes.drain(14..14 + len));
+        true
+    }
 }
 
 impl Buffer {
     pub(crate) fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes, segment_len: 0, wrong: Vec::new() }
+        Self { bytes, segment_len: 0, wrapped: false, unwrapped: false, wrong: Vec::new() }
     }
 
     /// A sum in plain arithmetic, not by the code under test.

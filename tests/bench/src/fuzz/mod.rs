@@ -5,6 +5,7 @@
 mod frames;
 mod kernel;
 mod oracle;
+mod tunnel;
 
 use frames::{Dice, End, Spec, TCP, UDP, error, frame, mutate, v4, v6};
 use kernel::{Buffer, Kernel, address};
@@ -33,6 +34,10 @@ pub(crate) struct Tally {
     pub(crate) answered: u64,
     /// Translations that were undone by their answer.
     pub(crate) returned: u64,
+    /// Frames that went to another node whole.
+    pub(crate) sent: u64,
+    /// Frames that were taken out of a header and translated.
+    pub(crate) received: u64,
     /// What the core counted.
     pub(crate) counters: BTreeMap<Counter, u64>,
 }
@@ -103,10 +108,10 @@ fn services(kernel: &mut Kernel, all: &[IpAddr], proto: u8, dice: &mut Dice) {
     let shapes: [(IpAddr, u16, u32); 9] = [
         (all[2], 80, 0),
         (all[3], 53, INTERNAL_LOCAL),
-        (all[4], 80, LOAD_BALANCER | SOURCE_RANGES),
+        (all[4], 80, LOAD_BALANCER | SOURCE_RANGES | dice.pick(&[0, DSR, DSR])),
         (all[4], 53, LOAD_BALANCER | EXTERNAL_LOCAL),
         (all[3], 8080, EXTERNAL_IP),
-        (any, 30_080, NODE_PORT),
+        (any, 30_080, NODE_PORT | dice.pick(&[0, DSR, DSR])),
         (any, 30_081, NODE_PORT | EXTERNAL_LOCAL),
         (any, 30_082, NODE_PORT | dice.pick(&[0, frontend_flag::MASQUERADE_ALL])),
         (all[0], 40_000, EXTERNAL_IP | dice.pick(&[0, DSR])),
@@ -176,6 +181,9 @@ fn spec(kernel: &Kernel, dice: &mut Dice) -> Spec {
 /// A well-formed frame of some kind.
 fn sound(kernel: &Kernel, dice: &mut Dice) -> Vec<u8> {
     let spec = spec(kernel, dice);
+    if dice.one_in(6) {
+        return sent_on(&frame(&spec), dice);
+    }
     if !dice.one_in(5) {
         return frame(&spec);
     }
@@ -188,6 +196,15 @@ fn sound(kernel: &Kernel, dice: &mut Dice) -> Vec<u8> {
     };
     let about = Spec { hops: 60, ..spec };
     error(from, &about, dice.pick(&[20, 28, 48, 68, 2000]), kind)
+}
+
+/// The frame as another node sends it on to a pod of this one, mostly.
+fn sent_on(inner: &[u8], dice: &mut Dice) -> Vec<u8> {
+    let Some(view) = oracle::frame(inner) else { return inner.to_vec() };
+    let all = addresses(view.v6);
+    let asked = ip_of(view.dst(inner)).filter(|_| !dice.one_in(4));
+    let pod = if dice.one_in(8) { dice.pick(&all) } else { all[5 + dice.below(3)] };
+    tunnel::within(inner, asked.unwrap_or_else(|| dice.pick(&all)), pod)
 }
 
 fn ip_of(bytes: &[u8]) -> Option<IpAddr> {
@@ -280,7 +297,12 @@ fn live(
         let side = dice.pick(&[Side::Ingress, Side::Ingress, Side::Ingress, Side::Egress]);
         let link = dice.pick(&[Link::Uplink, Link::Uplink, Link::Pod]);
         let segment_len = dice.pick(&[0, 0, 0, 1000]);
+        let sent = tally.sent;
         match step(kernel, tally, &input, (side, link), segment_len) {
+            // Another node's pod may as well be one of this node's.
+            Ok(Some(output)) if tally.sent != sent => {
+                next = Some(sent_on(&tunnel::without(&output), dice));
+            }
             Ok(output) => next = output.and_then(|output| after(output, dice)),
             Err(finding) => return Some(finding),
         }
@@ -317,24 +339,36 @@ fn step(
     if let Some(wrong) = packet.wrong.first() {
         return Err(finding(wrong.clone(), &output));
     }
+    if packet.wrapped && !matches!(verdict, Verdict::Drop) {
+        tunnel::sent(input, &output).map_err(|what| finding(what, &output))?;
+        tally.sent += 1;
+        return Ok(Some(output));
+    }
+    let before = if packet.unwrapped { &tunnel::without(input)[..] } else { input };
     match verdict {
         Verdict::Drop => return Ok(None),
         Verdict::Reply => {
-            oracle::answered(input, &output).map_err(|what| finding(what, &output))?;
+            oracle::answered(before, &output).map_err(|what| finding(what, &output))?;
             tally.answered += 1;
             return Ok(None);
         }
         Verdict::Pass | Verdict::Redirect => {
-            oracle::translated(input, &output).map_err(|what| finding(what, &output))?;
+            oracle::translated(before, &output).map_err(|what| finding(what, &output))?;
         }
     }
-    if input == output {
-        return Ok(None);
+    if before == output {
+        let lost = packet.unwrapped && !to_itself(kernel);
+        return if lost {
+            Err(finding("taken out and not translated".to_owned(), &output))
+        } else {
+            Ok(None)
+        };
     }
     tally.translated += 1;
+    tally.received += u64::from(packet.unwrapped);
     let redirected = matches!(verdict, Verdict::Redirect);
     if hook.0 == Side::Ingress
-        && comes_back(kernel, input, &output, hook.1, redirected).map_err(|what| finding(what, &output))?
+        && comes_back(kernel, before, &output, hook.1, redirected).map_err(|what| finding(what, &output))?
     {
         tally.returned += 1;
     }
@@ -414,6 +448,11 @@ fn held(kernel: &Kernel, view: &oracle::View, bytes: &[u8]) -> Option<Flow> {
         pad: [0; 3],
     };
     kernel.flows.borrow().get(&key).copied()
+}
+
+/// Whether a flow's translation changes nothing, as of a node's own port that it is the endpoint of.
+fn to_itself(kernel: &Kernel) -> bool {
+    kernel.flows.borrow().iter().any(|(key, flow)| key.dst == flow.dst && key.dport == flow.dport)
 }
 
 /// Whether the packet belonged to the answering side of its flow.

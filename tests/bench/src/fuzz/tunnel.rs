@@ -1,0 +1,73 @@
+//! Frames within another IP header. Invariant: as the oracle's, nothing here is shared with the code that is judged.
+
+use super::frames::checksum;
+use super::oracle;
+use std::net::IpAddr;
+
+/// Bytes of the header.
+fn room(v6: bool) -> usize {
+    if v6 { 40 } else { 20 }
+}
+
+/// The frame within a header from `src` to `dst`, which are of its family.
+pub(crate) fn within(inner: &[u8], src: IpAddr, dst: IpAddr) -> Vec<u8> {
+    let len = inner.len().saturating_sub(14) as u16;
+    let mut head = Vec::new();
+    match (src, dst) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            head.extend([0x45, 0]);
+            head.extend((20 + len).to_be_bytes());
+            head.extend([0, 0, 0x40, 0, 64, 4, 0, 0]);
+            head.extend(src.octets());
+            head.extend(dst.octets());
+            let sum = checksum(&[&head]);
+            head[10..12].copy_from_slice(&sum.to_be_bytes());
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            head.extend([0x60, 0, 0, 0]);
+            head.extend(len.to_be_bytes());
+            head.extend([41, 64]);
+            head.extend(src.octets());
+            head.extend(dst.octets());
+        }
+        _ => return inner.to_vec(),
+    }
+    let mut out = inner.to_vec();
+    out.splice(14..14, head);
+    out
+}
+
+/// The frame without the header around it.
+pub(crate) fn without(frame: &[u8]) -> Vec<u8> {
+    let v6 = frame.get(12..14) == Some(&[0x86, 0xdd]);
+    let mut out = frame.to_vec();
+    out.drain(14..(14 + room(v6)).min(frame.len()));
+    out
+}
+
+/// Judges a packet that goes on whole: from `before` to `after`.
+pub(crate) fn sent(before: &[u8], after: &[u8]) -> Result<(), String> {
+    let outer = oracle::frame(after).ok_or("the header around a packet is none")?;
+    let wanted = if outer.v6 { 41 } else { 4 };
+    if outer.proto != wanted || outer.fragment || outer.l4 != 14 + room(outer.v6) {
+        return Err(format!("a strange header around a packet: {outer:?}"));
+    }
+    if !outer.header_right(after) {
+        return Err("the header around a packet has a wrong checksum".to_owned());
+    }
+    let inner = without(after);
+    let old = oracle::frame(before).ok_or("a packet was sent on that is no IP packet")?;
+    // By its own length, whatever the link has put behind it.
+    if outer.end - room(outer.v6) != old.end && outer.end - 14 != 0xffff {
+        return Err(format!("the header says {}, the packet {}", outer.end, old.end));
+    }
+    oracle::translated(before, &inner)?;
+    if old.src(before) != old.src(&inner) || old.dst(before) != old.dst(&inner) {
+        return Err("a packet that is sent on whole was translated".to_owned());
+    }
+    let hops = 14 + if old.v6 { 7 } else { 8 };
+    if inner[hops].checked_add(1) != Some(before[hops]) {
+        return Err("a packet that was sent on has not lost a hop".to_owned());
+    }
+    Ok(())
+}
