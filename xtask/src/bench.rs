@@ -56,7 +56,7 @@ fn goes_on_in_guest(words: &[String]) -> bool {
 fn with_bearable_load(mut words: Vec<String>) -> Vec<String> {
     let bearable: &[(&str, &str)] = match words.get(1).map(String::as_str) {
         Some("rolling") => &[("--rate", "250")],
-        Some("load") => &[("--count", "10,1000,10000"), ("--samples", "300"), ("--changes", "50")],
+        Some("load") => &[("--count", "10,1000,10000"), ("--samples", "1000"), ("--changes", "50")],
         _ => &[],
     };
     for (flag, value) in bearable {
@@ -90,7 +90,7 @@ mod tests {
         assert_eq!(with_bearable_load(words("soak rolling")), words("soak rolling --rate 250"));
         assert_eq!(with_bearable_load(words("soak rolling --rate=9")), words("soak rolling --rate=9"));
         let load = with_bearable_load(words("bench load --count 10 --json"));
-        assert_eq!(load, words("bench load --count 10 --json --samples 300 --changes 50"));
+        assert_eq!(load, words("bench load --count 10 --json --samples 1000 --changes 50"));
         assert_eq!(with_bearable_load(words("bench api")), words("bench api"));
     }
 

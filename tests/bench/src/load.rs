@@ -79,10 +79,15 @@ impl Run {
         })
     }
 
-    /// Says on standard error which modes are missing, and why.
-    pub(crate) fn tell_unavailable(&self) {
+    /// Says on standard error which modes are missing, and what the first failed request of a mode was.
+    pub(crate) fn tell_what_failed(&self) {
         for (mode, services, why) in self.unavailable() {
             eprintln!("{mode} with {services} services: unavailable: {why}");
+        }
+        for row in &self.0 {
+            if let Some(failure) = row["failure"].as_str() {
+                eprintln!("{} with {} services: a failure: {failure}", row["mode"], row["services"]);
+            }
         }
     }
 }
@@ -94,7 +99,7 @@ pub(crate) fn run(json: bool, size: &Size) -> Result<()> {
     // One number after the other, so that what was measured is told before the next begins.
     for services in size.counts(&COUNTS) {
         let measured = Run::new(&[services], ENDPOINTS, &["--samples", &samples, "--changes", &changes])?;
-        measured.tell_unavailable();
+        measured.tell_what_failed();
         for mode in ["direct", "ebpf", "nftables", "iptables", "ipvs"] {
             figures(&mut report, &measured, mode, services);
         }

@@ -267,7 +267,7 @@ fn frame(kind: &str, round: u32) -> Vec<u8> {
 /// From outside through a NodePort to a pod of the node, over tcx, beside the same without a service.
 fn first_packets(report: &mut Report, samples: u32) -> Result<()> {
     let measured = Run::new(&[10], 4, &["--modes", "ebpf", "--samples", &samples.to_string()])?;
-    measured.tell_unavailable();
+    measured.tell_what_failed();
     let params = [("services", json!(10)), ("endpoints", json!(4))];
     for (key, metric, bar) in [
         (

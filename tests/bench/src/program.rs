@@ -21,7 +21,7 @@ pub(crate) fn run(json: bool) -> Result<()> {
 /// All services from nothing and one change, eBPF beside nftables.
 fn both(report: &mut Report) -> Result<()> {
     let measured = Run::new(&[MANY], 4, &["--no-traffic", "--modes", "ebpf,nftables"])?;
-    measured.tell_unavailable();
+    measured.tell_what_failed();
     let program = |mode| measured.figure(mode, MANY, "program_s");
     for mode in ["ebpf", "nftables"] {
         let params = [("mode", json!(mode)), ("services", json!(MANY)), ("endpoints", json!(4))];
@@ -51,7 +51,7 @@ fn memory(report: &mut Report, services: u64, endpoints: u64, bar: f64) -> Resul
     for (rss, backends) in held.iter_mut().zip(["unique", "shared"]) {
         let args = ["--no-traffic", "--modes", "ebpf", "--changes", "1", "--backends", backends];
         let measured = Run::new(&[services], endpoints, &args)?;
-        measured.tell_unavailable();
+        measured.tell_what_failed();
         *rss = measured.figure("ebpf", services, "rss_mb").context("no figure of memory")?;
         let params =
             [("services", json!(services)), ("endpoints", json!(endpoints)), ("backends", json!(backends))];
