@@ -1,5 +1,5 @@
-//! Events in, tables out. Invariant: a number never gets another meaning; what is the same keeps its number from plan to
-//! plan, so that a change writes what changed and no more.
+//! Events in, tables out. Invariant: what is the same keeps its number from plan to plan, so that a change writes what
+//! changed and no more; and a number gets another meaning only where all whom it concerns want that.
 
 use super::model::{Device, Event, Key, Labels, NamedPort, Peer, Pod, Policy, Rule, Which};
 use super::ports::Ports;
@@ -66,6 +66,12 @@ impl<K: Eq + Hash + Clone> Numbers<K> {
 
     fn retain(&mut self, used: &HashSet<u32>) {
         self.ids.retain(|_, id| used.contains(id));
+    }
+
+    /// Gives `key`, which has no number, that of another.
+    fn take_over(&mut self, id: u32, key: &K) {
+        self.ids.retain(|_, held| *held != id);
+        self.ids.insert(key.clone(), id);
     }
 }
 
@@ -322,8 +328,35 @@ impl Planner {
         tables
     }
 
-    /// The sets of every pod of this node, ingress and egress; `None` where it is not isolated.
+    /// Numbers the sets of every pod of this node, ingress and egress; `None` where it is not isolated.
     fn number_sets(&mut self) -> HashMap<Key, [Option<u32>; 2]> {
+        let wanted = self.wanted_sets();
+        self.keep_numbers(&wanted);
+        let sets = &mut self.sets;
+        let mut number = |set: SetKey| sets.of(&set);
+        wanted.into_iter().map(|(pod, sets)| (pod, sets.map(|set| set.map(&mut number)))).collect()
+    }
+
+    /// A set whose pods all want one that is new, as when a policy was changed, becomes that one.
+    fn keep_numbers(&mut self, wanted: &HashMap<Key, [Option<SetKey>; 2]>) {
+        let mut next: BTreeMap<u32, Option<&SetKey>> = BTreeMap::new();
+        for (pod, had) in &self.sets_of {
+            let wants = wanted.get(pod).map_or([None, None], |sets| sets.each_ref().map(Option::as_ref));
+            for (had, wants) in had.iter().zip(wants) {
+                let Some(had) = had else { continue };
+                let all = next.entry(*had).or_insert(wants);
+                if *all != wants {
+                    *all = None;
+                }
+            }
+        }
+        for (id, key) in next {
+            let Some(key) = key.filter(|key| !self.sets.ids.contains_key(*key)) else { continue };
+            self.sets.take_over(id, key);
+        }
+    }
+
+    fn wanted_sets(&self) -> HashMap<Key, [Option<SetKey>; 2]> {
         let mut found = HashMap::new();
         for (key, held) in self.pods.iter().filter(|(_, held)| !held.policies.is_empty()) {
             let mut of = [Vec::new(), Vec::new()];
@@ -340,10 +373,10 @@ impl Planner {
             }
             let [ingress, egress] = of;
             let names = if named { held.pod.ports.to_vec() } else { Vec::new() };
-            let mut number = |ingress, policies: Vec<u32>, names| {
-                (!policies.is_empty()).then(|| self.sets.of(&SetKey { ingress, policies, names }))
+            let set = |ingress, policies: Vec<u32>, names| {
+                (!policies.is_empty()).then_some(SetKey { ingress, policies, names })
             };
-            let sets = [number(true, ingress, names), number(false, egress, Vec::new())];
+            let sets = [set(true, ingress, names), set(false, egress, Vec::new())];
             found.insert(key.clone(), sets);
         }
         found
@@ -593,7 +626,7 @@ impl Planner {
                 policies.into_iter().flatten().any(|policy| key.policies.binary_search(policy).is_ok())
             };
             let mut rows = match self.rows.remove(set) {
-                Some(rows) if !is_stale() => {
+                Some(rows) if rows.are_of(&key.policies) && !is_stale() => {
                     self.rows.insert(*set, rows);
                     continue;
                 }

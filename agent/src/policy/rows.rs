@@ -36,6 +36,11 @@ impl Rows {
         self.rows.iter().map(|(identity, list)| (*identity, *list))
     }
 
+    /// Whether these policies are counted, which are in order, and no others.
+    pub(super) fn are_of(&self, policies: &[u32]) -> bool {
+        self.counted.iter().map(|(id, _)| id).eq(policies)
+    }
+
     /// Makes the rows those of `wanted`, which is in order. `number` gives lists their numbers.
     pub(super) fn update(
         &mut self,

@@ -85,7 +85,9 @@ impl Change {
     /// What leads from one to the other.
     pub fn between(from: &Tables, to: &Tables) -> Self {
         let (put_ports, delete_ports) = diff(&from.ports, &to.ports);
-        let (put_verdicts, delete_verdicts) = diff(&from.verdicts, &to.verdicts);
+        let (mut put_verdicts, delete_verdicts) = diff(&from.verdicts, &to.verdicts);
+        // Whoever gets a row of its own must not meet the one for all others first, which may allow less.
+        put_verdicts.sort_unstable_by_key(|((set, identity), _)| (*identity == 0, *set, *identity));
         let (put_ranges, delete_ranges) = diff(&from.ranges, &to.ranges);
         let (put_endpoints, delete_endpoints) = diff(&from.endpoints, &to.endpoints);
         Self {

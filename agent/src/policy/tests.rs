@@ -376,17 +376,41 @@ fn pods_that_nothing_tells_apart_share_rows() {
 }
 
 #[test]
-fn a_changed_policy_is_a_new_set() {
-    let mut planner = world(vec![pod(1, &[], true)], vec![policy("p", vec![])]);
+fn a_changed_policy_keeps_its_set_where_all_its_pods_go_with_it() {
+    let mut planner = world(vec![pod(1, &[], true), pod(2, &[(0, 1)], true)], vec![policy("p", vec![])]);
     let before = planner.plan();
+    let mut change = |policy| {
+        let changed = planner_after(&mut planner, policy);
+        let [first, second] = [1, 2].map(|n| changed.endpoints[&pod_ip(n)].ingress);
+        (first, second, changed)
+    };
     let open = Rule { peers: Box::default(), ports: Box::default() };
-    planner.handle(Event::Policy(policy("p", vec![open])));
-    let after = planner.plan();
-    let set = |tables: &Tables| tables.endpoints[&pod_ip(1)].ingress;
-    assert_ne!(set(&before), set(&after));
-    assert_eq!(after.verdicts, [((set(&after), 0), ports::ALL)].into());
+    let (first, second, after) = change(policy("p", vec![open]));
+    assert_eq!((first, second), (before.endpoints[&pod_ip(1)].ingress, first));
+    assert_eq!(after.verdicts, [((first, 0), ports::ALL)].into());
+
+    // A pod that does not go along must not meet, as its own, what others want now.
+    let selector =
+        Selector([Requirement { key: "k0".into(), op: Op::Exists, values: Box::default() }].into());
+    let (none, other, after) = change(Policy { selector, ..policy("p", vec![]) });
+    assert!(none == 0 && other != 0 && other != second, "{none} {other}, before {second}");
+    assert_eq!(after.verdicts, [((other, 0), ports::NONE)].into());
     planner.handle(Event::PolicyGone("ns0/p".into()));
-    assert_eq!(set(&planner.plan()), 0);
+    assert_eq!(planner.plan().verdicts.len(), 0);
+}
+
+fn planner_after(planner: &mut Planner, policy: Policy) -> Tables {
+    planner.handle(Event::Policy(policy));
+    planner.plan()
+}
+
+#[test]
+fn the_row_for_all_others_is_written_after_those_of_their_own() {
+    let from = Tables::default();
+    let verdicts: std::collections::HashMap<_, _> =
+        (0..8).flat_map(|set| (0..8).map(move |identity| ((set, identity), ports::ALL))).collect();
+    let put = Change::between(&from, &Tables { verdicts, ..Tables::default() }).put_verdicts;
+    assert!(put.is_sorted_by_key(|((_, identity), _)| *identity == 0) && put.len() == 64);
 }
 
 #[test]
