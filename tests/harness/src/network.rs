@@ -146,6 +146,8 @@ impl NetworkNode {
         let maps = crate::pinned::entries(self.node.pin_dir()).into_iter();
         let lasting = maps.filter(|(path, _)| !path.to_string_lossy().contains("flows"));
         lines.extend(lasting.map(|(path, count)| format!("map {}: {count}", path.display())));
+        let pins = crate::pinned::files(self.node.pin_dir()).into_iter();
+        lines.extend(pins.map(|path| format!("pin {}", path.display())));
         lines
     }
 
@@ -158,7 +160,9 @@ impl NetworkNode {
             let masquerades = now.iter().any(|line| line.contains("masquerade"));
             let attached = now.iter().any(|line| line.contains(": shv"));
             // The node's own addresses are the first that the programs are told of.
-            let told = |line: &String| line.contains("shv_net_endpts") && !line.ends_with(": 0");
+            let told = |line: &String| {
+                line.starts_with("map ") && line.contains("shv_net_endpts") && !line.ends_with(": 0")
+            };
             let loaded = now.iter().any(told);
             if masquerades && loaded && !attached && now == last {
                 return Ok(now);

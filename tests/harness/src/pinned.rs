@@ -28,13 +28,19 @@ fn bpf(command: libc::c_int, attr: &mut Attr) -> libc::c_long {
 
 /// Every map pinned below `dir`, and how many entries it has; arrays have as many as they hold.
 pub fn entries(dir: &Path) -> Vec<(PathBuf, usize)> {
+    let counted = |path: PathBuf| count(&path).map(|count| (path, count));
+    files(dir).into_iter().filter_map(counted).collect()
+}
+
+/// Everything pinned below `dir`, in order.
+pub fn files(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![dir.to_owned()];
     while let Some(dir) = open.pop() {
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
             match entry.file_type() {
                 Ok(kind) if kind.is_dir() => open.push(entry.path()),
-                _ => found.extend(count(&entry.path()).map(|count| (entry.path(), count))),
+                _ => found.push(entry.path()),
             }
         }
     }

@@ -49,7 +49,9 @@ use std::path::{Path, PathBuf};
 
 /// The name of a network device of this namespace.
 pub fn device_name(index: u32) -> Option<String> {
-    nix::net::if_::if_indextoname(index).ok()?.into_string().ok()
+    // What is not there comes back as an empty name, not as an error.
+    let name = nix::net::if_::if_indextoname(index).ok()?.into_string().ok()?;
+    (!name.is_empty()).then_some(name)
 }
 
 /// The pin directory of this build's layouts.

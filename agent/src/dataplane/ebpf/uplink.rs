@@ -99,7 +99,7 @@ pub(super) fn forget_gone(dir: &Path) -> Result<(), DataplaneError> {
         let file = entry.file_name().to_string_lossy().into_owned();
         let mut parts = file.split('_');
         let (Some("tcx" | "clsact" | "xdp"), Some(index)) = (parts.next(), parts.next()) else { continue };
-        if index.parse().is_ok_and(|index| nix::net::if_::if_indextoname(index).is_err()) {
+        if index.parse().is_ok_and(|index| super::device_name(index).is_none()) {
             link::unlink(&entry.path())?;
         }
     }
