@@ -179,7 +179,7 @@ fn golden_conversations() {
         ("fragment", 4),
         ("packet_too_big", 9),
         ("hop_limit_expired", 14),
-        ("icmp_error_translated", 66),
+        ("icmp_error_translated", 82),
         ("tunnel_refused", 2),
         ("flow_collision", 0),
         ("rewrite_failed", 0),

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::vec::Vec;
 
 #[path = "golden_direct.rs"]
-mod direct;
+pub mod direct;
 
 /// TCP flags of a connection's first packet.
 pub const SYN: u8 = 0x02;

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::vec::Vec;
 
 /// A frame within an IP header of its family from `src` to `dst`, as one node sends it to another.
-fn wrapped(frame: &[u8], src: &str, dst: &str) -> Vec<u8> {
+pub fn wrapped(frame: &[u8], src: &str, dst: &str) -> Vec<u8> {
     let inner = &frame[14..];
     let mut out = ethernet(false);
     out.extend(&frame[12..14]);
@@ -83,6 +83,7 @@ pub(super) fn sent(p: &Place) -> Vec<Step> {
     let later = Frame { fragment: 4, l4: L4::Rest(17), ..there };
     steps.push(sent_on(p, "direct, later fragment", later));
     steps.push(sent_on(p, "direct, later fragment, options", Frame { options: 1, ..later }));
+    steps.extend(told(p));
     // The endpoint itself asks: its answers would be its own, so it is masqueraded.
     let there = Frame::new((p.remote, 21_013), (p.node, PORT_DIRECT), L4::Udp);
     let nat = Frame::new((p.node, 21_013), (p.remote, PORT_POD), L4::Udp);
@@ -91,6 +92,47 @@ pub(super) fn sent(p: &Place) -> Vec<Step> {
     let there = Frame::new((p.other_pod, 21_014), (p.node, PORT_DIRECT), L4::Udp);
     let nat = Frame::new((p.other_pod, 21_014), (p.remote, PORT_POD), L4::Udp);
     steps.push(pass("direct, from a pod", Hook::PodIngress, there, nat));
+    steps
+}
+
+/// What routers between the nodes say of what was sent on.
+fn told(p: &Place) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let (header, extra) = if p.v4() { (20, 20) } else { (40, 40) };
+    let (big, gone) = if p.v4() { ([3, 4], [3, 1]) } else { ([2, 0], [1, 0]) };
+    for (l4, port) in [(L4::Tcp(ACK), 21_010), (L4::Udp, 21_011)] {
+        let there = Frame::new((p.client, port), (p.node, PORT_DIRECT), l4).passed();
+        let on_way = wrapped(&there.bytes(), p.node, p.remote);
+        let about = |what, word, quoted: &[u8]| Icmp {
+            src: p.router.parse().expect("an address"),
+            dst: there.dst.0,
+            what,
+            word,
+            quoted: quoted.to_vec(),
+            hops: 60,
+            turned: false,
+        };
+        for (what, word, wanted) in [(big, 1400, 1400 - extra as u32), (gone, 0, 0)] {
+            for cut in [None, Some(header + 14)] {
+                let end = cut.unwrap_or(there.bytes().len() - 14);
+                let input = about(what, word, &on_way[14..14 + extra + end]).bytes();
+                let quoted = there.bytes()[14..14 + end].to_vec();
+                let told = about(what, wanted, &quoted);
+                let output = Icmp { src: there.dst.0, dst: there.src.0, hops: 64, ..told };
+                let output = Out::Redirect(output.bytes());
+                steps.push(Step { name: "direct, an error on the way", hook: Hook::Ingress, input, output });
+            }
+        }
+        let mut alone = |input: Vec<u8>| {
+            let output = Out::Pass(input.clone());
+            steps.push(Step { name: "direct, no error of ours", hook: Hook::Ingress, input, output });
+        };
+        alone(about(big, 1400, &on_way[14..14 + extra + header + 2]).bytes());
+        let elsewhere = wrapped(&there.bytes(), p.node, p.other_pod);
+        alone(about(big, 1400, &elsewhere[14..]).bytes());
+        let of_another = wrapped(&there.bytes(), p.other_node, p.remote);
+        alone(about(big, 1400, &of_another[14..]).bytes());
+    }
     steps
 }
 

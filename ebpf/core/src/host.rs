@@ -12,6 +12,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::vec::Vec;
 
+mod direct;
 mod packets;
 
 #[derive(Default)]

@@ -138,6 +138,9 @@ pub fn error<P: Packet, E: Table + Flows + Node>(
     side: Side,
     wrapped: bool,
 ) -> Stage {
+    if !wrapped && matches!(side, Side::Ingress) && tunnel::is_about_one(packet, env, work) {
+        return tunnel::tell_client(packet, env, work);
+    }
     let found = find(packet, env, work);
     if wrapped && (!found || work.flow.flags & flow_flag::TUNNEL != 0) {
         return balance::drop(env, work, Counter::TunnelRefused);
@@ -174,7 +177,7 @@ pub fn error<P: Packet, E: Table + Flows + Node>(
 
 /// Finds where the error goes on when it must not meet the stack.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn find_way<P: Packet, E: Node>(packet: &P, env: &E, work: &mut Work) -> bool {
+pub(crate) fn find_way<P: Packet, E: Node>(packet: &P, env: &E, work: &mut Work) -> bool {
     let outer = &work.quote.outer;
     let journey = Journey {
         src: outer.src,

@@ -3,19 +3,27 @@
 //! translated, or nowhere; it is never sent on in another header, and a header that is none of ours stays on its packet.
 //!
 //! The header is that of RFC 2003 or RFC 2473: from the node that was asked to the pod, so that it needs no more than the
-//! ways between pods. Who can send a packet to a pod's address can forge one. Taking it out asks for nothing less than the
-//! frontend, with direct return and this client in its source ranges, and the pod as one of its endpoints on this node: a
-//! forger reaches through it who could be reached without it. A NodePort's address must be the header's source, so that
+//! ways between pods. It takes 20 or 40 bytes of what the way allows; who sends more is told so, which over IPv6 helps
+//! only where the way allows 1320.
+//!
+//! Who can send a packet to a pod's address can forge one. Taking it out asks for nothing less than the frontend, with
+//! direct return and this client in its source ranges, and the pod as one of its endpoints on this node: a forger
+//! reaches through it who could be reached without it. A NodePort's address must be the header's source, so that
 //! answers come from an address which the sender had, or forged on the way here too.
+//!
+//! Not everything can be direct: what pods of the asked node send and an endpoint's own questions are translated as ever.
+//! A program of the node that the backend is on, which asks another node in its own name, gets no answer from it: the
+//! stack takes no packet of its own address from outside ([`Counter::TunnelRefused`]).
 
 use crate::answer::{Answer, TTL, ip_len, ipv4_header};
 use crate::balance::{self, DROP, Link, PASS, Stage, Verdict, Work};
 use crate::env::{Flows, Journey, Node, Packet, Table, Way};
 use crate::packet::{
-    self, ETHER_LEN, Headers, IPV4_LEN, IPV6_LEN, Kind, PROTO_IPIP, PROTO_IPV6, bytes_of, pair6, parse_apart,
+    self, ETHER_LEN, Headers, IPV4_LEN, IPV6_LEN, Kind, PROTO_IPIP, PROTO_IPV6, Tuple, address6, bytes_of,
+    pair6, parse_apart, word,
 };
-use crate::{flow, icmp, resolve};
-use sheave_ebpf_abi::{Address, Counter, Flow, PROTO_TCP, PROTO_UDP, flow_flag};
+use crate::{checksum, flow, icmp, resolve};
+use sheave_ebpf_abi::{Address, Counter, Flow, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP, flow_flag};
 
 /// Endpoints of one node that are looked through for the one that a header names; a node has fewer pods.
 const LOCALS_MAX: u16 = 256;
@@ -148,6 +156,162 @@ fn put<P: Packet>(packet: &mut P, headers: &Headers, src: &Address, dst: &Addres
     }
     let head = ipv4_header(src, dst, class & 0xfc, PROTO_IPIP, len(inner + IPV4_LEN));
     packet.store::<20>(ETHER_LEN, head, true)
+}
+
+const ICMP_LEN: u32 = 8;
+
+/// Whether an ICMP error is about a packet that this node sent on, whose headers and flow `work` knows then. It must quote
+/// the carried packet as far as its ports, as all do but the oldest routers.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub(crate) fn is_about_one<P: Packet, E: Flows>(packet: &P, env: &E, work: &mut Work) -> bool {
+    if parse_apart(packet, &mut work.headers) != Kind::IcmpError {
+        return false;
+    }
+    let room = room(work.headers.v6);
+    let quoted = ETHER_LEN + room + ICMP_LEN;
+    // With options before it, it is left alone.
+    if work.headers.l4 + ICMP_LEN != quoted {
+        return false;
+    }
+    let mut head = [0; 40];
+    if work.headers.v6 {
+        if !packet.read(quoted, &mut head) || head[0] >> 4 != 6 || head[6] != PROTO_IPV6 {
+            return false;
+        }
+        work.outer = [address6(&head, 8), address6(&head, 24)];
+    } else {
+        let mut ip = [0; 20];
+        if !packet.read(quoted, &mut ip)
+            || ip[0] != 0x45
+            || ip[9] != PROTO_IPIP
+            || ip[6] & 0x3f != 0
+            || ip[7] != 0
+        {
+            return false;
+        }
+        work.outer = [Address::v4(word(&ip, 12)), Address::v4(word(&ip, 16))];
+    }
+    if work.outer[0] != work.headers.dst {
+        return false;
+    }
+    let carried = Within { packet, skip: quoted + room - ETHER_LEN };
+    if !matches!(parse_apart(&carried, &mut work.headers), Kind::Transport | Kind::FirstFragment) {
+        return false;
+    }
+    work.key = work.headers.key();
+    match env.flow(&work.key) {
+        Some(flow) if flow.flags & flow_flag::TUNNEL != 0 && flow.dst == work.outer[1] => {
+            work.flow = flow;
+            true
+        }
+        _ => false,
+    }
+}
+
+/// Tells the client what an error says of its packet on the way to the backend, as if from the address that it asked.
+#[inline(always)]
+pub(crate) fn tell_client<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
+    let headers = &work.headers;
+    work.quote.outer = Tuple { src: headers.dst, dst: headers.src, sport: 0, dport: 0 };
+    if !icmp::find_way(packet, env, work) {
+        env.count(Counter::NoRoute);
+        return DROP;
+    }
+    let headers = &work.headers;
+    let told = if headers.v6 { unquote6(packet, headers) } else { unquote4(packet, headers) };
+    if told {
+        env.count(Counter::IcmpTranslated);
+        return Stage::Done(Verdict::Redirect);
+    }
+    env.count(Counter::RewriteFailed);
+    DROP
+}
+
+/// Takes the header that this node added out of what an error quotes, and its bytes from the size that the error allows.
+/// What goes is as long as the error's own headers are in front of it, which are written anew in its place.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn unquote4<P: Packet>(packet: &mut P, headers: &Headers) -> bool {
+    let (mut icmp, mut outer) = ([0; 8], [0; 20]);
+    if !packet.read(ETHER_LEN + IPV4_LEN, &mut icmp)
+        || !packet.read(ETHER_LEN + IPV4_LEN + ICMP_LEN, &mut outer)
+    {
+        return false;
+    }
+    let Some(len) = ip_len(packet, false) else { return false };
+    let words = [word(&outer, 0), word(&outer, 4), word(&outer, 8), word(&outer, 12), word(&outer, 16)];
+    let mut diff = checksum::diff(&words, &[0; 5]);
+    if icmp[0] == 3 && icmp[1] == 4 {
+        let was = u16::from_be_bytes([icmp[6], icmp[7]]);
+        let is = was.saturating_sub(IPV4_LEN as u16);
+        diff = checksum::add(diff, checksum::diff16(was.to_be(), is.to_be()));
+        let [m0, m1] = is.to_be_bytes();
+        icmp[6] = m0;
+        icmp[7] = m1;
+    }
+    let [c0, c1] = checksum::apply(u16::from_ne_bytes([icmp[2], icmp[3]]), diff).to_ne_bytes();
+    icmp[2] = c0;
+    icmp[3] = c1;
+    let len = len.saturating_sub(IPV4_LEN) as u16;
+    packet.unwrap(false)
+        && packet.store::<20>(ETHER_LEN, ipv4_header(&headers.dst, &headers.src, 0, PROTO_ICMP, len), true)
+        && packet.store::<8>(ETHER_LEN + IPV4_LEN, icmp, true)
+}
+
+/// The same for IPv6, whose pseudo header counts in the error's checksum.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn unquote6<P: Packet>(packet: &mut P, headers: &Headers) -> bool {
+    let at = ETHER_LEN + IPV6_LEN;
+    let (mut icmp, mut bytes) = ([0; 8], [0; 32]);
+    if !packet.read(at, &mut icmp) {
+        return false;
+    }
+    let Some(len) = ip_len(packet, true) else { return false };
+    let (was, is) = (len.saturating_sub(IPV6_LEN) as u16, len.saturating_sub(2 * IPV6_LEN) as u16);
+    let mut diff = checksum::diff16(was.to_be(), is.to_be());
+    // The addresses of the error and the header, by halves.
+    if !packet.read(ETHER_LEN + 8, &mut bytes) {
+        return false;
+    }
+    let new = pair6(&headers.dst, &headers.src);
+    diff = checksum::add(diff, checksum::diff(&words8(&bytes), &new));
+    let mut first = [0; 8];
+    if !packet.read(at + ICMP_LEN, &mut first) || !packet.read(at + ICMP_LEN + 8, &mut bytes) {
+        return false;
+    }
+    diff = checksum::add(diff, checksum::diff(&[word(&first, 0), word(&first, 4)], &[0; 2]));
+    diff = checksum::add(diff, checksum::diff(&words8(&bytes), &[0; 8]));
+    if icmp[0] == 2 {
+        let was = u32::from_be(word(&icmp, 4));
+        let mtu = was.saturating_sub(IPV6_LEN);
+        diff = checksum::add(diff, checksum::diff(&[was.to_be()], &[mtu.to_be()]));
+        let [m0, m1, m2, m3] = mtu.to_be_bytes();
+        icmp[4] = m0;
+        icmp[5] = m1;
+        icmp[6] = m2;
+        icmp[7] = m3;
+    }
+    let [c0, c1] = checksum::apply(u16::from_ne_bytes([icmp[2], icmp[3]]), diff).to_ne_bytes();
+    icmp[2] = c0;
+    icmp[3] = c1;
+    let [l0, l1] = is.to_be_bytes();
+    packet.unwrap(true)
+        && packet.store::<8>(ETHER_LEN, [0x60, 0, 0, 0, l0, l1, PROTO_ICMPV6, TTL], true)
+        && packet.store::<32>(ETHER_LEN + 8, bytes_of(&new), true)
+        && packet.store::<8>(at, icmp, true)
+}
+
+#[inline(always)]
+fn words8(bytes: &[u8; 32]) -> [u32; 8] {
+    [
+        word(bytes, 0),
+        word(bytes, 4),
+        word(bytes, 8),
+        word(bytes, 12),
+        word(bytes, 16),
+        word(bytes, 20),
+        word(bytes, 24),
+        word(bytes, 28),
+    ]
 }
 
 /// Whether the packet carries another one; `work` knows from where to where then.

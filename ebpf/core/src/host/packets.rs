@@ -83,7 +83,7 @@ impl Node for Kernel {
     }
 }
 
-struct Bytes(Vec<u8>);
+pub(super) struct Bytes(pub(super) Vec<u8>);
 
 impl Bytes {
     fn check(&mut self, offset: u32, f: impl FnOnce(u16) -> u16) -> bool {
@@ -145,7 +145,7 @@ impl Packet for Bytes {
     }
 }
 
-fn golden_kernel() -> Kernel {
+pub(super) fn golden_kernel() -> Kernel {
     let mut kernel = Kernel::default();
     for (n, place) in PLACES.iter().enumerate() {
         kernel.node.push(address(place.node));
@@ -179,7 +179,7 @@ fn golden_kernel() -> Kernel {
 }
 
 /// Runs a hook's programs on a frame.
-fn run(kernel: &Kernel, hook: Hook, input: &[u8]) -> Out {
+pub(super) fn run(kernel: &Kernel, hook: Hook, input: &[u8]) -> Out {
     let mut packet = Bytes(input.to_vec());
     let (side, link) = match hook {
         Hook::Ingress => (Side::Ingress, Link::Uplink),
@@ -283,7 +283,7 @@ fn golden_conversations() {
         (Counter::Fragment, 4),
         (Counter::TooBig, 9),
         (Counter::Expired, 14),
-        (Counter::IcmpTranslated, 66),
+        (Counter::IcmpTranslated, 82),
         (Counter::TunnelRefused, 2),
         (Counter::FlowCollision, 0),
         (Counter::RewriteFailed, 0),
@@ -357,7 +357,7 @@ fn tuple(out: &Out) -> ((Address, u16), (Address, u16)) {
     ((headers.src, u16::from_be(headers.sport)), (headers.dst, u16::from_be(headers.dport)))
 }
 
-fn send(kernel: &Kernel, from: (&str, u16), to: (&str, u16), l4: L4) -> Out {
+pub(super) fn send(kernel: &Kernel, from: (&str, u16), to: (&str, u16), l4: L4) -> Out {
     run(kernel, Hook::Ingress, &Frame::new(from, to, l4).bytes())
 }
 

@@ -38,6 +38,8 @@ pub(crate) struct Tally {
     pub(crate) sent: u64,
     /// Frames that were taken out of a header and translated.
     pub(crate) received: u64,
+    /// Errors about such frames that their senders were told.
+    pub(crate) told: u64,
     /// What the core counted.
     pub(crate) counters: BTreeMap<Counter, u64>,
 }
@@ -207,6 +209,21 @@ fn sent_on(inner: &[u8], dice: &mut Dice) -> Vec<u8> {
     tunnel::within(inner, asked.unwrap_or_else(|| dice.pick(&all)), pod)
 }
 
+/// An error of a router about a frame that was sent on.
+fn about_sent(output: &[u8], dice: &mut Dice) -> Option<Vec<u8>> {
+    let view = oracle::frame(output)?;
+    let kind = if view.v6 { dice.pick(&[(2, 0), (1, 0)]) } else { dice.pick(&[(3, 4), (3, 1)]) };
+    let router = addresses(view.v6)[10];
+    let quoted = &output[14..output.len().min(14 + dice.pick(&[60, 100, 2000]))];
+    Some(tunnel::error(router, ip_of(view.src(output))?, quoted, kind))
+}
+
+/// Whether the frame is an error about a frame within another header.
+fn is_told(input: &[u8]) -> bool {
+    let quoted = oracle::frame(input).and_then(|view| view.quoted(input));
+    quoted.is_some_and(|quoted| matches!(quoted.proto, 4 | 41))
+}
+
 fn ip_of(bytes: &[u8]) -> Option<IpAddr> {
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
@@ -301,7 +318,10 @@ fn live(
         match step(kernel, tally, &input, (side, link), segment_len) {
             // Another node's pod may as well be one of this node's.
             Ok(Some(output)) if tally.sent != sent => {
-                next = Some(sent_on(&tunnel::without(&output), dice));
+                next = match dice.below(2) {
+                    0 => about_sent(&output, dice),
+                    _ => Some(sent_on(&tunnel::without(&output), dice)),
+                };
             }
             Ok(output) => next = output.and_then(|output| after(output, dice)),
             Err(finding) => return Some(finding),
@@ -343,6 +363,11 @@ fn step(
         tunnel::sent(input, &output).map_err(|what| finding(what, &output))?;
         tally.sent += 1;
         return Ok(Some(output));
+    }
+    if packet.unwrapped && matches!(verdict, Verdict::Redirect) && is_told(input) {
+        tunnel::told(input, &output).map_err(|what| finding(what, &output))?;
+        tally.told += 1;
+        return Ok(None);
     }
     let before = if packet.unwrapped { &tunnel::without(input)[..] } else { input };
     match verdict {
