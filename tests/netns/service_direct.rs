@@ -30,6 +30,9 @@ const CLIENT_BEHIND: Pair = ["192.0.2.2", "2001:db8:eeee::2"];
 const NODE2: Pair = ["192.0.2.1", "2001:db8:eeee::1"];
 const LAN1: Pair = ["10.0.9.1", "fd00:9::1"];
 const LAN2: Pair = ["10.0.9.2", "fd00:9::2"];
+/// The nodes on an overlay.
+const OVER1: Pair = ["10.0.99.1", "fd00:99::1"];
+const OVER2: Pair = ["10.0.99.2", "fd00:99::2"];
 const GATE: Pair = ["169.254.77.1", "fd00:77::1"];
 const POD: Pair = ["10.244.2.5", "fd00:244:2::5"];
 const BALANCER: Pair = ["203.0.113.10", "2001:db8:77::10"];
@@ -52,10 +55,10 @@ struct Node {
 }
 
 impl Node {
-    fn new(cgroup: &Path, name: &str, addresses: [Pair; 2]) -> Self {
+    fn new(cgroup: &Path, name: &str, addresses: [Pair; 2], uplinks: &[&str]) -> Self {
         let served = cgroup.join(name);
         fs::create_dir(&served).expect("a cgroup that nobody is in");
-        let mut world = World::new(&served, &["up0", "lan0"]);
+        let mut world = World::new(&served, uplinks);
         world.config.node_name = name.to_owned();
         world.config.node_ips = addresses.iter().flatten().map(|ip| address(ip)).collect();
         world.config.pod_links = vec!["pod".to_owned()];
@@ -153,9 +156,15 @@ fn echo(listen: SocketAddr) {
 
 impl Nodes {
     fn new(cgroup: &Path) -> Self {
+        Self::over(cgroup, LAN1, LAN2)
+    }
+
+    /// The way to the pod leads over these addresses of the nodes.
+    fn over(cgroup: &Path, near: Pair, far: Pair) -> Self {
         let (client, pod) = (NetNs::new(), NetNs::new());
-        let mut node1 = Node::new(cgroup, "node-1", [NODE1, LAN1]);
-        let mut node2 = Node::new(cgroup, "node-2", [NODE2, LAN2]);
+        let uplinks: &[&str] = if near == LAN1 { &["up0", "lan0"] } else { &["up0", "lan0", "vx0"] };
+        let mut node1 = Node::new(cgroup, "node-1", [NODE1, LAN1], uplinks);
+        let mut node2 = Node::new(cgroup, "node-2", [NODE2, LAN2], uplinks);
         let (first, second) = (&node1.netns, &node2.netns);
         first.veth("up0", &client, "eth0");
         second.veth("up0", &client, "eth1");
@@ -181,6 +190,14 @@ impl Nodes {
                 set(netns, &[(&format!("ipv4/conf/{device}/rp_filter"), "0")]);
             }
         }
+        if near != LAN1 {
+            for (netns, from, to, own) in [(first, LAN1, LAN2, near), (second, LAN2, LAN1, far)] {
+                let ends = ["local", from[0], "remote", to[0], "dstport", "4789", "dev", "lan0"];
+                netns.ip(&[&["link", "add", "vx0", "type", "vxlan", "id", "7"][..], &ends].concat());
+                netns.ip(&["link", "set", "vx0", "up"]);
+                add(netns, "vx0", own);
+            }
+        }
         for netns in [first, second] {
             set(netns, &[("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")]);
         }
@@ -197,9 +214,9 @@ impl Nodes {
             second.ip(&[family, "route", "add", POD[n], "dev", "pod0"]);
             pod.ip(&[family, "route", "add", GATE[n], "dev", "eth0"]);
             pod.ip(&[family, "route", "add", "default", "via", GATE[n]]);
-            first.ip(&[family, "route", "add", POD[n], "via", LAN2[n]]);
+            first.ip(&[family, "route", "add", POD[n], "via", far[n]]);
             second.ip(&[family, "route", "add", CLIENT[n], "via", CLIENT_BEHIND[n]]);
-            second.ip(&[family, "route", "add", NODE1[n], "via", LAN1[n]]);
+            second.ip(&[family, "route", "add", NODE1[n], "via", near[n]]);
             client.ip(&[family, "route", "add", BALANCER[n], "via", NODE1[n]]);
         }
         pod.run(|| {
@@ -289,6 +306,20 @@ fn service_direct_answers_go_past_the_node_that_was_asked() {
         assert_eq!((first.counted("replied"), first.counted("forwarded")), (0, 0));
         assert!(second.counted("replied") >= 80);
         assert!(first.counted("packet_too_big") > 0, "nobody was told that a packet is too big");
+        nodes.no_trouble();
+    });
+}
+
+#[test]
+fn service_direct_goes_over_an_overlay() {
+    isolated(module_path!(), "service_direct_goes_over_an_overlay", |cgroup| {
+        let nodes = Nodes::over(cgroup, OVER1, OVER2);
+        for n in 0..2 {
+            assert_eq!(nodes.ask(n, at(NODE1[n], PORT)), CLIENT[n]);
+            bulk(nodes.connect(at(NODE1[n], ECHO_PORT)));
+        }
+        assert!(nodes.node2.world.counted("tunnel_received") > 0);
+        assert_eq!(nodes.node1.world.counted("replied"), 0);
         nodes.no_trouble();
     });
 }

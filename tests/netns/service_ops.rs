@@ -31,6 +31,23 @@ spec:
   clusterIP: 10.96.7.8
   ports: [{name: http, port: 80}]
 ---
+apiVersion: v1
+kind: Service
+metadata: {name: direct, annotations: {sheave.io/forwarding: dsr}}
+spec:
+  type: NodePort
+  clusterIP: 10.96.7.10
+  ports: [{name: http, port: 80, nodePort: 30709}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: direct-1, labels: {kubernetes.io/service-name: direct}}
+addressType: IPv4
+ports: [{name: http, port: 8080, protocol: TCP}]
+endpoints:
+- {addresses: [10.244.9.1], nodeName: node-1, conditions: {ready: true}}
+- {addresses: [10.244.9.2], nodeName: node-2, conditions: {ready: true}}
+---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {name: web-1, labels: {kubernetes.io/service-name: web}}
@@ -54,11 +71,16 @@ fn node() -> Node {
         let output = list.args(["service", "list", "-o", "json"]).args(node.path_flags()).output();
         let output = output.map_err(|e| e.to_string())?;
         let rows: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        let ready =
-            |row: &Value| row["address"] == "10.96.7.7" && row["ready"].as_array().map(Vec::len) == Some(2);
+        let has_two = |row: &Value| row["ready"].as_array().map(Vec::len) == Some(2);
+        let ready = |row: &Value| row["address"] == "10.96.7.7" && has_two(row);
+        let direct = |row: &Value| row["port"] == 30709 && has_two(row);
         let void = |row: &Value| row["address"] == "10.96.7.8";
         let rows = rows.as_array().cloned().unwrap_or_default();
-        if rows.iter().any(ready) && rows.iter().any(void) { Ok(()) } else { Err(format!("{rows:?}")) }
+        if rows.iter().any(ready) && rows.iter().any(void) && rows.iter().any(direct) {
+            Ok(())
+        } else {
+            Err(format!("{rows:?}"))
+        }
     });
     // The table is whole before it is put to work; health tells the latter.
     let at = SocketAddr::new(NODE_IP4.parse().expect("an address"), 10256);
@@ -128,6 +150,14 @@ fn services_are_shown_and_packets_traced() {
     let remote = &outside["candidates"][1];
     assert_eq!((&remote["local"], &remote["masqueraded"]), (&false.into(), &true.into()), "{outside}");
     assert_eq!(outside["candidates"][0]["masqueraded"], false, "{outside}");
+    let direct = trace(&node, &["192.0.2.10:30709", "--from", OUTSIDE_IP4]);
+    assert!(says(&direct, "source", "answer the sender themselves"), "{direct}");
+    for (at, is_direct) in [(0, false), (1, true)] {
+        let candidate = &direct["candidates"][at];
+        let found = (&candidate["direct"], &candidate["masqueraded"]);
+        assert_eq!(found, (&is_direct.into(), &false.into()), "{direct}");
+    }
+    assert!(node.sheave(&["service", "get", "default/direct"]).contains("(DSR)"));
     assert_eq!(trace(&node, &["10.96.7.7:80", "--from-outside"])["outcome"], "not balanced");
     assert_eq!(trace(&node, &["10.96.7.8:80"])["outcome"], "refused");
     assert_eq!(trace(&node, &["10.96.7.9:80"])["outcome"], "not balanced");

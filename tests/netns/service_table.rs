@@ -120,6 +120,7 @@ pub(crate) struct Spec {
     source_ranges: &'static [&'static str],
     scheduler: Scheduler,
     weights: &'static [(Pod, u8)],
+    dsr: bool,
 }
 
 pub(crate) fn spec(endpoints: Vec<Ep>) -> Spec {
@@ -129,6 +130,9 @@ pub(crate) fn spec(endpoints: Vec<Ep>) -> Spec {
 impl Spec {
     pub(crate) fn node_port(self, node_port: u16) -> Self {
         Self { node_port, ..self }
+    }
+    fn dsr(self) -> Self {
+        Self { dsr: true, ..self }
     }
     fn lb(self) -> Self {
         Self { lb: true, ..self }
@@ -173,6 +177,7 @@ impl Spec {
             ingress_ips: none(self.lb, outside(number)),
             source_ranges: self.source_ranges.iter().map(|text| text.parse().expect("a range")).collect(),
             scheduler: self.scheduler,
+            dsr: self.dsr,
             ..ServiceExtras::default()
         };
         let port = |name: &str, port, node_port| ServicePort { name: name.into(), port, node_port, proto };
@@ -341,6 +346,35 @@ fn node_ports() -> Vec<Scenario> {
             )],
         ),
         scenario(
+            "direct return concerns endpoints of other nodes and clients outside only",
+            vec![
+                step(
+                    spec(ready(&[L1, L2])).node_port(30_113).lb().dsr(),
+                    vec![
+                        check(Outside, To::NodePort, spread(&[L1, L2])).seen(Seen::MasqueradedIfRemote),
+                        check(Outside, To::LoadBalancer, spread(&[L1, L2])).seen(Seen::MasqueradedIfRemote),
+                        check(PodL1, To::NodePort, spread(&[L1, L2])),
+                    ],
+                ),
+                step(
+                    spec(ready(&[R1, R2])).node_port(30_113).lb().dsr(),
+                    vec![
+                        check(Node, To::Cluster, spread(&[R1, R2])),
+                        check(PodL1, To::NodePort, spread(&[R1, R2])),
+                        check(Outside, To::NodePort, spread(&[R1, R2])).seen(Seen::MasqueradedIfRemote).but(
+                            Mode::Ebpf,
+                            Expect::Nothing,
+                            NO_AGENT,
+                        ),
+                    ],
+                ),
+                step(
+                    spec(ready(&[R1, R2])).node_port(30_113).lb(),
+                    vec![check(Outside, To::NodePort, spread(&[R1, R2])).seen(Seen::MasqueradedIfRemote)],
+                ),
+            ],
+        ),
+        scenario(
             "externalTrafficPolicy Local keeps the client's address and the node",
             vec![
                 step(
@@ -368,6 +402,9 @@ fn node_ports() -> Vec<Scenario> {
         ),
     ]
 }
+
+const NO_AGENT: &str = "the second node has no agent here that would take packets out of the header in which they come; \
+                        with one it answers the client itself (service_direct)";
 
 const LOOPBACK: &str =
     "NodePorts on loopback need route_localnet, which opens the node's own loopback services";
