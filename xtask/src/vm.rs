@@ -101,7 +101,8 @@ fn need_root() -> Result<()> {
 pub(crate) fn bench(command: Vec<String>) -> Result<u8> {
     need_root()?;
     let kernel = kernel::prepared(kernel::Series::V6_12)?;
-    eprintln!("in a guest with one processor, kernels of {}:", kernel.dir.display());
+    let release = kernel.dir.file_name().unwrap_or_default().to_string_lossy();
+    eprintln!("in a guest with kernel {release} and one processor:");
     machine::run(&Guest {
         kernel,
         cpus: 1,
