@@ -204,7 +204,7 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
         let stands = if reply {
             !flow::is_expired(&flow, work.headers.proto, work.now_s)
         } else {
-            flow::keeps(env, work)
+            flow::keeps(env, work) && (flow.flags & flow_flag::TUNNEL == 0 || is_direct(env, work, link))
         };
         if stands && flow::note(env, work) {
             if flow.flags & flow_flag::TUNNEL != 0 {
@@ -355,6 +355,14 @@ pub(crate) fn frontend<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
         }
         None => false,
     }
+}
+
+/// Whether a flow of direct return may go on so: a connection under way does, anything else only while its service is
+/// direct, since the backend's node may forget it as soon as it is not.
+#[inline(always)]
+fn is_direct<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
+    let under_way = work.headers.proto == PROTO_TCP && !work.headers.opens();
+    under_way || frontend(env, work, link) && work.frontend.flags & frontend_flag::DSR != 0
 }
 
 /// Kinds of frontends that are reached from outside: all but ClusterIP.

@@ -73,6 +73,22 @@ fn a_connection_stays_with_its_backend_and_the_next_one_is_picked_anew() {
 }
 
 #[test]
+fn a_service_that_is_direct_no_more_keeps_its_connections_alone() {
+    let mut kernel = golden_kernel();
+    for l4 in [L4::Tcp(SYN), L4::Udp] {
+        assert!(sent_to(&ask(&kernel, l4)).is_some());
+    }
+    for frontend in kernel.frontends4.values_mut() {
+        frontend.flags &= !frontend_flag::DSR;
+    }
+    assert!(sent_to(&ask(&kernel, L4::Tcp(ACK))).is_some());
+    for l4 in [L4::Udp, L4::Tcp(SYN)] {
+        let out = ask(&kernel, l4);
+        assert!(matches!(out, Out::Redirect(_)) && sent_to(&out).is_none(), "{out:?}");
+    }
+}
+
+#[test]
 fn what_is_masqueraded_everywhere_is_never_direct() {
     let kernel = golden_kernel();
     kernel.config_flags.set(config_flag::MASQUERADE_ALL);
