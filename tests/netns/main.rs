@@ -40,6 +40,7 @@ mod policy_fast;
 mod policy_life;
 mod policy_matrix;
 mod policy_net;
+mod policy_nodes;
 mod policy_truth;
 mod runtime_bed;
 mod runtime_container;

@@ -186,6 +186,11 @@ impl Host {
         Err(format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)))
     }
 
+    /// Where the agent pins its maps, programs and links.
+    pub fn pin_dir(&self) -> &Path {
+        &self.pins
+    }
+
     /// `sheave ARGS` with the node's directories; what it printed, or that and why it failed.
     pub fn sheave(&self, args: &[&str]) -> Result<String, String> {
         let mut command = self.netns.command(&self.bin);
