@@ -72,12 +72,12 @@ fn a_policy_holds_for_pods_of_other_nodes_and_their_flows_go_past_the_stack() {
     let policy = json!({"metadata": {"name": "friends"}, "spec": {
         "podSelector": {"matchLabels": {"app": "server"}}, "ingress": [{"from": from}]}});
     bed.raw("POST", POLICIES, Some(&policy)).expect("make a policy");
-    for family in 0..2 {
+    for (family, stream) in streams.iter_mut().enumerate() {
         wait_for("the stranger to be kept out", || {
             if is_open(&stranger, family) { Err(format!("family {family} is open")) } else { Ok(()) }
         });
         wait_talk(&friend.netns, &server.netns, server.ips[family]);
-        streams[family].beat();
+        stream.beat();
     }
     bed.raw("DELETE", &format!("{POLICIES}/friends"), None).expect("delete the policy");
     for ip in &server.ips {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, setns};
 
 use super::error::NetworkError;
-use super::netlink::{Address, Connection, LinkChange, MAIN_TABLE, Neighbour, Route, VethPair};
+use super::netlink::{Connection, LinkChange, MAIN_TABLE, Neighbour, Own, Route, VethPair};
 use super::node::{read_sysctl, write_sysctl};
 use super::plan::{Act, Observed, Side, Step, Want, node_link_name, sysctls};
 use crate::limits;
@@ -20,21 +20,18 @@ use crate::limits;
 /// Pause between two looks at what the kernel is about to do.
 const LOOK_PAUSE_US: u64 = 100;
 
-/// Routes, neighbours and addresses of a whole namespace. Taken once for many pods: rows that have changed since lead to steps
+/// Routes, neighbours and own addresses of a whole namespace. Taken once for many pods: rows that have changed since lead to steps
 /// that change nothing.
 pub(super) struct NodeRows {
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
-    addresses: Vec<Address>,
+    own: Vec<Own>,
 }
 
 impl NodeRows {
     fn read(connection: &mut Connection) -> io::Result<Self> {
-        Ok(NodeRows {
-            routes: connection.routes()?,
-            neighbours: connection.neighbours()?,
-            addresses: connection.addresses()?,
-        })
+        let (routes, own) = connection.routes_and_own()?;
+        Ok(NodeRows { routes, neighbours: connection.neighbours()?, own })
     }
 
     /// Those of the calling thread's namespace.
@@ -92,8 +89,7 @@ impl Hands {
             seen.routes = routes.map(|r| (r.to, r.via, r.src)).collect();
             let neighbours = rows.neighbours.iter().filter(|n| n.link == index);
             seen.neighbours = neighbours.map(|n| (n.ip, n.mac)).collect();
-            let addresses = rows.addresses.iter().filter(|a| a.link == index);
-            seen.addresses = addresses.map(|a| a.ip).collect();
+            seen.own = rows.own.iter().filter(|(link, _)| *link == index).map(|(_, ip)| *ip).collect();
         }
         let settings = sysctls(self.side, name, ips).into_iter();
         seen.sysctls = settings.filter_map(|(key, _)| Some((key.clone(), read_sysctl(&key).ok()?))).collect();
@@ -158,6 +154,10 @@ impl Hands {
             Act::Address { link, ip } => {
                 let index = self.index(link)?;
                 self.connection.set_address(index, *ip)
+            }
+            Act::Own { link, ip } => {
+                let index = self.index(link)?;
+                self.connection.set_own(index, *ip)
             }
             Act::Neighbour { link, ip, mac } => {
                 let neighbour = Neighbour { link: self.index(link)?, ip: *ip, mac: *mac };

@@ -23,7 +23,8 @@ const OWN_TABLES: u32 = 0x5348_0000;
 /// Longest alias that the kernel takes, bytes.
 const ALIAS_BYTES_MAX: usize = 255;
 /// A pod's gateways: a permanent neighbour leads to the node's end of the pair. So that they answer, the node has IPv4's
-/// on its loopback, and IPv6's, which is good on one link only, on its end of every pair.
+/// on its loopback, and takes what comes by a pair for IPv6's, which is good on one link only. That is a route: about a new
+/// address of every pair the kernel would do much more.
 pub(super) const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 
@@ -120,6 +121,8 @@ pub(super) struct Observed {
     /// Destination, gateway, preferred source.
     pub(super) routes: Vec<(IpNetwork, Option<IpAddr>, Option<IpAddr>)>,
     pub(super) neighbours: Vec<(IpAddr, Mac)>,
+    /// Addresses whose packets are the node's when they come by its end; the pod's side is not looked at.
+    pub(super) own: Vec<IpAddr>,
     /// Destinations of routes through the pod's end, whatever table they are in.
     pub(super) destinations: Vec<IpNetwork>,
     /// The pod's namespace has a default route through another link.
@@ -152,6 +155,8 @@ pub(super) enum Act {
     AwaitLocal { ip: IpAddr },
     /// Gives a link an address.
     Address { link: String, ip: IpAddr },
+    /// Takes packets for an address that come by a link.
+    Own { link: String, ip: IpAddr },
     /// Makes a permanent neighbour.
     Neighbour { link: String, ip: IpAddr, mac: Mac },
     /// Makes a route.
@@ -185,6 +190,7 @@ impl fmt::Display for Step {
             Act::AwaitRunning { name } => write!(f, "wait for link {name}"),
             Act::AwaitLocal { ip } => write!(f, "wait for address {ip}"),
             Act::Address { link, ip } => write!(f, "add address {ip} to {link}"),
+            Act::Own { link, ip } => write!(f, "answer as {ip} on {link}"),
             Act::Neighbour { link, ip, .. } => write!(f, "add neighbour {ip} to {link}"),
             Act::RouteIn { table, link, to, via } => {
                 write!(f, "add route {to} via {via} to {link} in table {table}")
@@ -345,19 +351,29 @@ fn node_steps(want: &Want, node: &Observed, name: &str, pod_mac: Mac, step: &mut
     if let Some(act) = set_link(name, Some(alias(&want.key)), want.mtu, node.link.as_ref()) {
         step(Side::Node, act);
     }
-    if want.ips.iter().any(IpAddr::is_ipv6) && !node.addresses.contains(&GATEWAY_V6) {
-        step(Side::Node, Act::Address { link: name.to_owned(), ip: GATEWAY_V6 });
+    let v6 = want.ips.iter().any(IpAddr::is_ipv6);
+    if v6 && !node.own.contains(&GATEWAY_V6) {
+        step(Side::Node, Act::Own { link: name.to_owned(), ip: GATEWAY_V6 });
     }
-    for ip in &want.ips {
-        if !node.neighbours.contains(&(*ip, pod_mac)) {
-            step(Side::Node, Act::Neighbour { link: name.to_owned(), ip: *ip, mac: pod_mac });
+    // Who asks a link-local gateway does so from such an address.
+    let asking = v6.then(|| link_local(pod_mac));
+    for ip in want.ips.iter().copied().chain(asking) {
+        if !node.neighbours.contains(&(ip, pod_mac)) {
+            step(Side::Node, Act::Neighbour { link: name.to_owned(), ip, mac: pod_mac });
         }
-        let src = want.sources.iter().copied().find(|src| src.is_ipv4() == ip.is_ipv4());
-        let to = IpNetwork::from(*ip);
+        let sources = want.sources.iter().copied().filter(|_| Some(ip) != asking);
+        let src = sources.into_iter().find(|src| src.is_ipv4() == ip.is_ipv4());
+        let to = IpNetwork::from(ip);
         if !node.routes.contains(&(to, None, src)) {
             step(Side::Node, Act::Route { link: name.to_owned(), to, via: None, src });
         }
     }
+}
+
+/// The address that the kernel gives a link with this hardware address by itself (RFC 4291, appendix A).
+fn link_local([a, b, c, d, e, f]: Mac) -> IpAddr {
+    let pair = |high, low| u16::from_be_bytes([high, low]);
+    Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f)).into()
 }
 
 /// Up, alias and MTU, where they differ. A pair that was just made has its MTU already.
@@ -391,7 +407,7 @@ pub(super) fn sysctls(side: Side, link: &str, ips: &[IpAddr]) -> Vec<(String, &'
             }
             if v6 {
                 set("ipv6", "disable_ipv6", "0");
-                // No link-local address but the gateway's: it would be announced and checked.
+                // No link-local address: nothing would use it, and it would be announced and checked.
                 set("ipv6", "addr_gen_mode", "1");
                 set("ipv6", "accept_ra", "0");
             }
@@ -472,6 +488,7 @@ mod tests {
                 }
                 Act::AwaitLocal { ip } => assert!(side.addresses.contains(ip), "waits for ever"),
                 Act::Address { ip, .. } => side.addresses.push(*ip),
+                Act::Own { ip, .. } => side.own.push(*ip),
                 Act::Neighbour { ip, mac, .. } => side.neighbours.push((*ip, *mac)),
                 Act::RouteIn { to, .. } => side.destinations.push(*to),
                 Act::Rule { ip, .. } => assert!(side.addresses.contains(ip)),
@@ -495,7 +512,7 @@ mod tests {
         apply(&first, &mut node, &mut pod);
         assert_eq!(steps(&want, &node, &pod).unwrap(), []);
         assert_eq!(pod.addresses, want.ips);
-        assert_eq!(node.routes.len(), 2);
+        assert_eq!(node.routes.len(), 3);
         assert!(node.routes.contains(&(
             "10.244.0.5/32".parse().unwrap(),
             None,
@@ -631,7 +648,7 @@ mod tests {
             let all = steps(&want, &node, &pod).unwrap();
             apply(&all[..stop.min(all.len())], &mut node, &mut pod);
             match loss {
-                0 => { node.routes.pop(); node.addresses.pop(); }
+                0 => { node.routes.pop(); node.own.pop(); }
                 1 => { node.neighbours.pop(); }
                 2 => { pod.routes.pop(); }
                 3 => { pod.addresses.pop(); }

@@ -27,8 +27,6 @@ use super::{Address, Link, LinkChange, Neighbour, Route, VethPair};
 pub(in crate::network) const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 /// Before the main table's rule, after the local table's.
 const RULE_PRIORITY: u32 = 1_000;
-/// Prefix length of link-local addresses, bits (RFC 4291, section 2.5.6).
-const LINK_LOCAL_LENGTH: u8 = 64;
 
 /// Attribute of an extended acknowledgement that holds text (`NLMSGERR_ATTR_MSG`).
 const ACK_TEXT: u16 = 1;
@@ -169,11 +167,9 @@ pub(super) fn delete_rule(ip: IpAddr, table: u32) -> Message {
 fn full_address(link: u32, ip: IpAddr) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = family(ip);
-    // Who asks a link-local address has one too, and is answered on the link.
-    let local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-    message.header.prefix_len = if local { LINK_LOCAL_LENGTH } else { full_length(ip) };
+    message.header.prefix_len = full_length(ip);
     message.header.index = link;
-    message.header.scope = if local { AddressScope::Link } else { AddressScope::Universe };
+    message.header.scope = AddressScope::Universe;
     if ip.is_ipv6() {
         message.header.flags = AddressHeaderFlags::Nodad;
     }
@@ -226,6 +222,16 @@ pub(super) fn new_route_in(table: u32, link: u32, route: &Route) -> Message {
     let mut message = route_message(link, route);
     message.header.table = RouteHeader::RT_TABLE_UNSPEC;
     message.attributes.push(RouteAttribute::Table(table));
+    Message::NewRoute(message)
+}
+
+/// Packets for `ip` that come by the link are this node's.
+pub(super) fn new_local_route(link: u32, ip: IpAddr) -> Message {
+    let to = IpNetwork::from(ip);
+    let mut message = route_message(link, &Route { link: Some(link), to, via: None, src: None, metric: 0 });
+    message.header.table = libc::RT_TABLE_LOCAL;
+    message.header.kind = RouteType::Local;
+    message.header.scope = RouteScope::Host;
     Message::NewRoute(message)
 }
 
@@ -345,6 +351,13 @@ pub(super) fn route_parts(message: &RouteMessage) -> Option<RouteParts> {
     }
     let to = IpNetwork::new(to, header.destination_prefix_length).ok()?;
     Some(RouteParts { table, route: Route { link, to, via, src, metric }, mtu })
+}
+
+/// Where packets to an address are this node's, and by which link they must come.
+pub(super) fn local_route(message: &Message) -> Option<(u32, IpAddr)> {
+    let Message::NewRoute(message) = message else { return None };
+    let route = route_parts(message).filter(|_| message.header.kind == RouteType::Local)?.route;
+    Some((route.link?, route.to.ip()))
 }
 
 /// A unicast route and its table.

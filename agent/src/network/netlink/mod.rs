@@ -117,10 +117,17 @@ pub(super) struct Route {
     pub(super) metric: u32,
 }
 
+/// A link, and an address whose packets are this namespace's when they come by it.
+pub(super) type Own = (u32, IpAddr);
+
 impl Route {
-    /// The address that it is for, where it is for one alone.
+    /// The address that it is for, where it is for one alone that is good on more than one link.
     pub(super) fn to_one(&self) -> Option<IpAddr> {
-        let whole = if self.to.is_ipv4() { 32 } else { 128 };
+        let whole = match self.to.ip() {
+            IpAddr::V4(_) => 32,
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => return None,
+            IpAddr::V6(_) => 128,
+        };
         (self.to.prefix() == whole).then(|| self.to.ip())
     }
 }
@@ -207,6 +214,28 @@ impl Connection {
         Ok(found)
     }
 
+    /// Unicast routes of the main table, and addresses whose packets are this namespace's when they come by a link.
+    pub(super) fn routes_and_own(&mut self) -> io::Result<(Vec<Route>, Vec<Own>)> {
+        let (mut routes, mut own) = (Vec::new(), Vec::new());
+        for request in convert::get_routes() {
+            for message in self.dump(&request)? {
+                let unicast = convert::route(&message).filter(|(table, _)| *table == convert::MAIN_TABLE);
+                routes.extend(unicast.map(|(_, route)| route));
+                own.extend(convert::local_route(&message));
+            }
+        }
+        Ok((routes, own))
+    }
+
+    /// Takes packets for `ip` that come by the link, whatever else takes them by other links.
+    pub(super) fn set_own(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+        // Replacing would replace that of another link.
+        match self.change(convert::new_local_route(link, ip), NLM_F_CREATE) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            done => done,
+        }
+    }
+
     /// True where packets to `ip` are delivered in this namespace.
     pub(super) fn is_local(&mut self, ip: IpAddr) -> io::Result<bool> {
         match self.exchange(convert::get_route_to(ip), 0) {
@@ -282,8 +311,7 @@ impl Connection {
         Ok(getsockopt(&self.socket.as_fd(), NetnsCookie)?)
     }
 
-    /// Gives a link an address of full prefix length, or of 64 bits where it is link-local, without duplicate address
-    /// detection.
+    /// Gives a link an address of full prefix length, without duplicate address detection.
     pub(super) fn set_address(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
         self.change(convert::new_address(link, ip), NLM_F_CREATE | NLM_F_REPLACE)
     }

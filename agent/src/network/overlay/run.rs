@@ -1,6 +1,7 @@
 //! When to look. Invariant: every reason leads to the same pass, reasons that come together lead to one, and a pass that
 //! failed is repeated soon.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,10 +24,11 @@ fn matters(event: &Event, own: &[IpNetwork], devices: &[u32]) -> bool {
         Event::Address { link, local } => !local || devices.contains(link),
         Event::Queue { .. } => false,
         Event::Link { name, .. } => !is_node_link(name),
-        // Pods of this node come and go; what leads to peers is no part of its range.
+        // Pods of this node come and go; what leads to peers is no part of its range, and good on more than one link.
         Event::Route { to, protocol } => {
-            *protocol == plan::PROTOCOL
-                || !own.iter().any(|range| range.contains(to.network()) && to.prefix() > range.prefix())
+            let of_pod = |range: &IpNetwork| range.contains(to.network()) && to.prefix() > range.prefix();
+            let local = matches!(to.network(), IpAddr::V6(ip) if ip.is_unicast_link_local());
+            *protocol == plan::PROTOCOL || !local && !own.iter().any(of_pod)
         }
         // The hosts' own neighbours change all the time.
         Event::Neighbour { link } => devices.contains(link),
@@ -205,6 +207,7 @@ mod tests {
         let all = [
             (Event::Lost, true),
             (route("10.244.1.7/32", 4), false),
+            (route("fe80::5/128", 4), false),
             (route("10.244.1.0/24", 84), true),
             (route("10.244.2.0/24", 84), true),
             (route("0.0.0.0/0", 4), true),
