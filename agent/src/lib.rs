@@ -5,6 +5,7 @@ pub mod cluster;
 pub mod config;
 pub mod dataplane;
 pub mod limits;
+mod memory;
 pub mod network;
 pub mod pod;
 pub mod policy;
@@ -140,8 +141,7 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
     let health_listener = listen(config.health_listen, "health_listen").await?;
     let metrics = Metrics::default();
     let mut tasks: JoinSet<Result<(), AgentError>> = JoinSet::new();
-    let mut registry = None;
-    let mut network = None;
+    let (mut registry, mut network) = (None, None);
     if config.does(Component::Network) {
         let client = api.as_ref().map(|(client, _)| client);
         if !find_ranges(&mut config, client, &shutdown).await? {
@@ -181,6 +181,7 @@ pub async fn run(mut config: AgentConfig, shutdown: CancellationToken) -> Result
     let health = Arc::new(health(&metrics, registry, stats.clone(), network.is_some().then_some(policies)));
     let serving = server::serve_health(health_listener, health, shutdown.clone());
     spawn(&mut tasks, "health listener", serving, &shutdown);
+    spawn(&mut tasks, "memory", memory::give_back(shutdown.clone()), &shutdown);
     tracing::info!(node = config.node_name, version = env!("CARGO_PKG_VERSION"), "agent started");
     let mut result = Ok(());
     tokio::select! {

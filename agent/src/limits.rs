@@ -158,6 +158,8 @@ pub const DATAPLANE_SERVICES_PER_ROUND_MAX: usize = 10_000;
 pub const DATAPLANE_ROUNDS_MAX: usize = 1024;
 /// How long after sockets of gone backends were ended they are looked for once more.
 pub const STALE_SOCKETS_AGAIN_MS: u64 = 200;
+/// How often memory that is no longer used goes back to the system.
+pub const MEMORY_TRIM_PERIOD_S: u64 = 5;
 /// How often links and node addresses are looked after.
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
 /// As long as this nothing of links, addresses and routes changes in a quiet moment.

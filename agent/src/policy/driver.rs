@@ -291,6 +291,10 @@ impl Worker {
             self.put_off = waiting > 0;
             // Programs before tables: a pod that is told of is one that is judged.
             self.guard.attach(&pods, &outs, tick)?;
+            if !judged {
+                // The next devices get theirs in a quiet moment too, and nobody waits for that.
+                self.guard.unload();
+            }
             let devices: BTreeMap<_, _> = devices_of(&routes);
             let without = routes.iter().find(|at| devices.get(&at.ip).is_some_and(|device| !device.peer));
             self.say(config, without.map(|route| route.name.as_str()));

@@ -15,6 +15,8 @@ const IN_FLIGHT: usize = 32;
 /// Growth of memory over the first round, percent.
 const GROWTH_MAX: f64 = 5.0;
 const SETTLE: Duration = Duration::from_secs(60);
+/// Longer than the agent looks after everything and keeps what it no longer uses, one after the other.
+const REST: Duration = Duration::from_secs(16);
 
 pub(crate) fn run(rounds: usize) -> Result<()> {
     let plugin = plugin()?;
@@ -30,6 +32,7 @@ pub(crate) fn run(rounds: usize) -> Result<()> {
         net.churn(&plugin, ATTACHMENTS, IN_FLIGHT).map_err(|why| anyhow!("round {round}: {why}"))?;
         let took = start.elapsed().as_secs_f64();
         settled(&net, &before, round)?;
+        std::thread::sleep(REST);
         let (rss, descriptors) = (net.rss_kb(), net.descriptors());
         let (rss_first, descriptors_first) = *first.get_or_insert((rss, descriptors));
         bar.finish_and_clear();

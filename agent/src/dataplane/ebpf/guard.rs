@@ -162,6 +162,11 @@ impl Guard {
         maps.ports.delete_all(change.delete_ports.iter().map(to_ports))
     }
 
+    /// Lets go of the loaded object, which takes megabytes: the next device that gets the programs has it loaded again.
+    pub fn unload(&mut self) {
+        self.object = None;
+    }
+
     /// Whether the pod's device of this name has the programs.
     pub fn is_attached(&self, name: &str) -> bool {
         self.attached.contains(&(name.to_owned(), true))
