@@ -162,9 +162,9 @@ pub const STALE_SOCKETS_AGAIN_MS: u64 = 200;
 pub const MEMORY_TRIM_PERIOD_S: u64 = 5;
 /// How often links and node addresses are looked after.
 pub const DATAPLANE_REPAIR_PERIOD_S: u64 = 10;
-/// As long as this nothing of links, addresses and routes changes in a quiet moment.
+/// A moment is quiet when links, queues, addresses and routes have not changed for so long.
 pub const POLICY_QUIET_MS: u64 = 500;
-/// While looks are put off the kernel's news are gathered for so long.
+/// How long the kernel's changes are gathered while looks are put off.
 pub const POLICY_PUT_OFF_MS: u64 = 20;
 /// Devices of new pods that get the programs in one look after everything while pods keep coming and no policy is there.
 pub const POLICY_ATTACHED_WHILE_BUSY_MAX: usize = 8;

@@ -8,7 +8,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use sheave_agent::dataplane::Driver;
 use sheave_agent::service::{Event, Proto, ServiceExtras};
 use sheave_harness::{NetNs, isolated};
 
+use crate::service_packet::echo;
 use crate::service_world::{
     World, address, ask, ask_udp, at, service, slice, tcp_server, udp_client, udp_server,
 };
@@ -133,23 +134,6 @@ fn set(netns: &NetNs, knobs: &[(&str, &str)]) {
     netns.run(|| {
         for (knob, value) in knobs {
             fs::write(format!("/proc/sys/net/{knob}"), value).unwrap_or_else(|e| panic!("{knob}: {e}"));
-        }
-    });
-}
-
-/// Echoes what it hears until the client has said all.
-fn echo(listen: SocketAddr) {
-    let listener = TcpListener::bind(listen).unwrap_or_else(|e| panic!("listen on {listen}: {e}"));
-    std::thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            std::thread::spawn(move || {
-                let mut buffer = [0; 16_384];
-                while let Ok(len @ 1..) = stream.read(&mut buffer) {
-                    if stream.write_all(&buffer[..len]).is_err() {
-                        break;
-                    }
-                }
-            });
         }
     });
 }

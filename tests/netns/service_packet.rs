@@ -67,7 +67,7 @@ fn pod(node: &NetNs, device: &str, addresses: [&str; 2]) -> NetNs {
 }
 
 /// Echoes whatever it hears, over TCP and UDP.
-fn echo(listen: SocketAddr) {
+pub(crate) fn echo(listen: SocketAddr) {
     let listener = TcpListener::bind(listen).unwrap_or_else(|e| panic!("listen on {listen}: {e}"));
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {

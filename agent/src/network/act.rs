@@ -20,8 +20,8 @@ use crate::limits;
 /// Pause between two looks at what the kernel is about to do.
 const LOOK_PAUSE_US: u64 = 100;
 
-/// Routes, neighbours and own addresses of a whole namespace. Taken once for many pods: rows that have changed since lead to steps
-/// that change nothing.
+/// Routes, neighbours and own addresses of a whole namespace. Taken once for many pods: rows that have changed since
+/// lead to steps that change nothing.
 pub(super) struct NodeRows {
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,

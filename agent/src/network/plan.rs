@@ -361,8 +361,8 @@ fn node_steps(want: &Want, node: &Observed, name: &str, pod_mac: Mac, step: &mut
         if !node.neighbours.contains(&(ip, pod_mac)) {
             step(Side::Node, Act::Neighbour { link: name.to_owned(), ip, mac: pod_mac });
         }
-        let sources = want.sources.iter().copied().filter(|_| Some(ip) != asking);
-        let src = sources.into_iter().find(|src| src.is_ipv4() == ip.is_ipv4());
+        let of_family = |src: &IpAddr| src.is_ipv4() == ip.is_ipv4();
+        let src = want.sources.iter().copied().find(of_family).filter(|_| Some(ip) != asking);
         let to = IpNetwork::from(ip);
         if !node.routes.contains(&(to, None, src)) {
             step(Side::Node, Act::Route { link: name.to_owned(), to, via: None, src });

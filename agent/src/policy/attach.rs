@@ -11,15 +11,13 @@ use crate::limits;
 pub(super) struct Moment {
     /// No pod comes or goes.
     pub(super) quiet: bool,
-    /// It is time to look after everything.
-    pub(super) tick: bool,
     /// There is a policy, or nobody knows yet.
     pub(super) judged: bool,
 }
 
-/// Whether devices are looked at: each pod that comes changes several things, and where no policy is they can wait.
-pub(super) fn is_time(moment: Moment) -> bool {
-    moment.quiet || moment.tick || moment.judged
+/// Whether the node is busy with pods that come or go, and nobody needs to know each at once: what they change can wait.
+pub(super) fn can_wait(moment: Moment) -> bool {
+    !moment.quiet && !moment.judged
 }
 
 /// Parts the devices of pods into those that have the programs or get them now, and the number of those that wait.
@@ -28,8 +26,7 @@ pub(super) fn now(
     has_programs: impl Fn(&str) -> bool,
     moment: Moment,
 ) -> (Vec<String>, usize) {
-    let busy = !moment.quiet && !moment.judged;
-    let mut room = if busy { limits::POLICY_ATTACHED_WHILE_BUSY_MAX } else { usize::MAX };
+    let mut room = if can_wait(moment) { limits::POLICY_ATTACHED_WHILE_BUSY_MAX } else { usize::MAX };
     let all = pods.len();
     let mut now = pods;
     now.retain(|name| {
@@ -52,32 +49,30 @@ mod tests {
 
     #[test]
     fn none_waits_where_it_may_be_judged_or_in_a_quiet_moment() {
-        for moment in [
-            Moment { judged: true, ..Moment::default() },
-            Moment { quiet: true, ..Moment::default() },
-            Moment { judged: true, tick: true, ..Moment::default() },
-        ] {
+        for moment in
+            [Moment { judged: true, ..Moment::default() }, Moment { quiet: true, ..Moment::default() }]
+        {
+            assert!(!can_wait(moment), "{moment:?}");
             assert_eq!(now(names(200), |_| false, moment), (names(200), 0), "{moment:?}");
         }
     }
 
     #[test]
-    fn while_pods_come_the_others_keep_theirs_and_nothing_is_looked_at() {
-        let tick = Moment { tick: true, ..Moment::default() };
+    fn while_pods_come_the_others_keep_theirs_and_few_get_them() {
+        let busy = Moment::default();
         let most = limits::POLICY_ATTACHED_WHILE_BUSY_MAX;
         let old = |name: &str| name < "shv150";
-        assert_eq!(now(names(200), old, tick), (names(150 + most), 50 - most));
-        assert!(is_time(tick) && !is_time(Moment::default()));
+        assert_eq!(now(names(200), old, busy), (names(150 + most), 50 - most));
+        assert!(can_wait(busy));
     }
 
     #[test]
     fn a_node_that_never_rests_gets_there_too() {
-        let (most, tick) =
-            (limits::POLICY_ATTACHED_WHILE_BUSY_MAX, Moment { tick: true, ..Moment::default() });
+        let (most, busy) = (limits::POLICY_ATTACHED_WHILE_BUSY_MAX, Moment::default());
         let mut have = 0;
         let mut looks = 0;
         while have < 100 {
-            let (now, waiting) = now(names(100), |name| names(have).iter().any(|n| n == name), tick);
+            let (now, waiting) = now(names(100), |name| names(have).iter().any(|n| n == name), busy);
             assert!(now.len() <= have + most && now.len() + waiting == 100, "{have}: {}", now.len());
             assert!(now.len() > have, "nothing moves at {have}");
             have = now.len();

@@ -145,7 +145,11 @@ struct Rest(Arc<AtomicU64>);
 impl Rest {
     /// After a look that took so long.
     fn after(&self, took: Duration) {
-        let rest = took.saturating_mul(limits::POLICY_REST_FACTOR);
+        self.last(took.saturating_mul(limits::POLICY_REST_FACTOR));
+    }
+
+    /// From now on so long.
+    fn last(&self, rest: Duration) {
         self.0.store(u64::try_from(rest.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
@@ -222,7 +226,7 @@ fn drive(config: &PolicyConfig, stats: &PolicyStats, rest: &Rest, mut inbox: mps
         kernel |= worker.is_due(quiet);
         let round = worker.round(config, Cause { kernel, tick, quiet });
         if worker.put_off {
-            rest.after(limits::millis(limits::POLICY_PUT_OFF_MS) / limits::POLICY_REST_FACTOR);
+            rest.last(limits::millis(limits::POLICY_PUT_OFF_MS));
         } else if kernel {
             rest.after(begun.elapsed());
         }
@@ -277,9 +281,10 @@ impl Worker {
     fn round(&mut self, config: &PolicyConfig, cause: Cause) -> Result<bool, DataplaneError> {
         let Cause { kernel, tick, quiet } = cause;
         let judged = self.planner.policies() > 0 || !self.planner.synced();
-        let moment = Moment { quiet, tick, judged };
-        self.put_off |= kernel && !attach::is_time(moment);
-        if (kernel || tick) && attach::is_time(moment) {
+        let moment = Moment { quiet, judged };
+        let looks = tick || kernel && !attach::can_wait(moment);
+        self.put_off |= kernel && !looks;
+        if looks {
             let routes = routed_links(&config.pod_links)
                 .map_err(|source| DataplaneError::Host { op: "list routes to pods", source })?;
             let [host, _] = interface_addresses()?;

@@ -7,8 +7,9 @@
 //!   that no policy can tell apart share one. Pods' identities are in the endpoints' map; other addresses have the
 //!   identity of the longest prefix, among those that policies name, that they are in. Ranges nest or are apart, so
 //!   that prefix says of every range and every exception whether the address is in it.
-//! - The policies that isolate a pod in one direction are its *set*; pods with the same policies share it. A changed
-//!   policy makes a new set, which is complete before the pod's endpoint is pointed at it.
+//! - The policies that isolate a pod in one direction are its *set*; pods with the same policies share it. Where a
+//!   policy changes and all pods of a set go along, the set changes in place, row by row, an identity's own before the one
+//!   for all others; else a new set is complete before a pod's endpoint is pointed at it.
 //! - A set has a row for each identity that one of its rules names, and row 0 for all others. A row is a *list of
 //!   ports*: the union of what the rules allow, as prefixes (a range of ports is at most 30 of them). Equal lists are
 //!   kept once.

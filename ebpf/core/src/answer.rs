@@ -5,8 +5,8 @@ use crate::balance::{Verdict, Work};
 use crate::checksum;
 use crate::env::{Node, Packet, Table};
 use crate::packet::{
-    ETHER_IPV4, ETHER_IPV6, ETHER_LEN, Headers, IPV4_LEN, IPV6_LEN, Kind, bytes_of_ports, pair6, parse_apart,
-    word,
+    ETHER_IPV4, ETHER_IPV6, ETHER_LEN, Headers, ICMP_LEN, IPV4_LEN, IPV6_LEN, Kind, bytes_of_ports, pair6,
+    parse_apart, word,
 };
 use sheave_ebpf_abi::{Address, Counter, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, answer_kind};
 
@@ -61,7 +61,6 @@ fn may<E: Node>(env: &E, answer: Answer, proto: u8) -> bool {
 /// Hops of packets that begin here.
 pub(crate) const TTL: u8 = 64;
 const TCP_LEN: u32 = 20;
-const ICMP_LEN: u32 = 8;
 const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;

@@ -4,13 +4,12 @@
 use crate::balance::{self, PASS, Side, Stage, Work, redirect};
 use crate::env::{Flows, Journey, Node, Packet, Table, Way};
 use crate::packet::{
-    ETHER_LEN, Headers, IPV4_ADDRESSES, IPV4_CHECK, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Kind, TCP_CHECK,
-    Tuple, UDP_CHECK, address6, bytes_of, bytes_of_ports, chain, pair4, pair6, parse_apart, word,
+    ETHER_LEN, Headers, ICMP_LEN, IPV4_ADDRESSES, IPV4_CHECK, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Kind,
+    TCP_CHECK, Tuple, UDP_CHECK, address6, bytes_of, bytes_of_ports, chain, pair4, pair6, parse_apart, word,
 };
 use crate::{answer, checksum, tunnel};
 use sheave_ebpf_abi::{Address, Counter, FlowKey, PROTO_TCP, PROTO_UDP, flow_flag};
 
-const ICMP_LEN: u32 = 8;
 /// Where the checksum lies in an ICMP header.
 const ICMP_CHECK: u32 = 2;
 

@@ -34,6 +34,8 @@ pub const IPV6_ADDRESSES: u32 = 8;
 pub const PROTO_IPIP: u8 = 4;
 /// IPv6 within IP (IANA protocol numbers).
 pub const PROTO_IPV6: u8 = 41;
+/// Bytes of an ICMP or ICMPv6 header, before what an error quotes (RFC 792, RFC 4443).
+pub(crate) const ICMP_LEN: u32 = 8;
 /// Where the TTL lies in an IPv4 header.
 const IPV4_TTL: u32 = 8;
 /// Where the hop limit lies in an IPv6 header.

@@ -19,8 +19,8 @@ use crate::answer::{Answer, TTL, ip_len, ipv4_header};
 use crate::balance::{self, DROP, Link, PASS, Stage, Verdict, Work};
 use crate::env::{Flows, Journey, Node, Packet, Table, Way};
 use crate::packet::{
-    self, ETHER_LEN, Headers, IPV4_LEN, IPV6_LEN, Kind, PROTO_IPIP, PROTO_IPV6, Tuple, address6, bytes_of,
-    pair6, parse_apart, word,
+    self, ETHER_LEN, Headers, ICMP_LEN, IPV4_LEN, IPV6_LEN, Kind, PROTO_IPIP, PROTO_IPV6, Tuple, address6,
+    bytes_of, pair6, parse_apart, word,
 };
 use crate::{checksum, flow, icmp, resolve};
 use sheave_ebpf_abi::{Address, Counter, Flow, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP, flow_flag};
@@ -157,8 +157,6 @@ fn put<P: Packet>(packet: &mut P, headers: &Headers, src: &Address, dst: &Addres
     let head = ipv4_header(src, dst, class & 0xfc, PROTO_IPIP, len(inner + IPV4_LEN));
     packet.store::<20>(ETHER_LEN, head, true)
 }
-
-const ICMP_LEN: u32 = 8;
 
 /// Whether an ICMP error is about a packet that this node sent on, whose headers and flow `work` knows then. It must quote
 /// the carried packet as far as its ports, as all do but the oldest routers.

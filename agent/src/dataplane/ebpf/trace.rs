@@ -526,20 +526,16 @@ impl Tracer<'_> {
         let masqueraded = candidates.iter().filter(|at| at.masqueraded).count();
         let said = match (everything, masqueraded, candidates.len()) {
             (true, ..) => "the node's (--masquerade-all)",
+            _ if candidates.iter().any(|at| at.direct) => {
+                "kept for backends on other nodes too: they get the packet whole and answer the sender themselves, past \
+                 this node"
+            }
             (_, 0, _) => "kept: the backend is on this node",
             (_, some, all) if some == all => {
                 "the node's: the backend is on another node, or is the sender itself"
             }
             _ => "the node's for backends on other nodes, kept for those of this node",
         };
-        if candidates.iter().any(|at| at.direct) {
-            self.say(
-                "source",
-                "kept for backends on other nodes too: they get the packet whole and answer the sender themselves, past \
-                 this node",
-            );
-            return Ok(());
-        }
         self.say("source", said);
         Ok(())
     }

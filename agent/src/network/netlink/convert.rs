@@ -21,7 +21,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 
-use super::{Address, Link, LinkChange, Neighbour, Route, VethPair};
+use super::{Address, Link, LinkChange, Neighbour, Own, Route, VethPair};
 
 /// The table that routes are in unless told otherwise.
 pub(in crate::network) const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
@@ -354,7 +354,7 @@ pub(super) fn route_parts(message: &RouteMessage) -> Option<RouteParts> {
 }
 
 /// Where packets to an address are this node's, and by which link they must come.
-pub(super) fn local_route(message: &Message) -> Option<(u32, IpAddr)> {
+pub(super) fn local_route(message: &Message) -> Option<Own> {
     let Message::NewRoute(message) = message else { return None };
     let route = route_parts(message).filter(|_| message.header.kind == RouteType::Local)?.route;
     Some((route.link?, route.to.ip()))

@@ -117,9 +117,6 @@ pub(super) struct Route {
     pub(super) metric: u32,
 }
 
-/// A link, and an address whose packets are this namespace's when they come by it.
-pub(super) type Own = (u32, IpAddr);
-
 impl Route {
     /// The address that it is for, where it is for one alone that is good on more than one link.
     pub(super) fn to_one(&self) -> Option<IpAddr> {
@@ -131,6 +128,9 @@ impl Route {
         (self.to.prefix() == whole).then(|| self.to.ip())
     }
 }
+
+/// A link, and an address whose packets are this namespace's when they come by it.
+pub(super) type Own = (u32, IpAddr);
 
 /// A permanent neighbour.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,13 +2,13 @@
 //! what has no ports has zeroes for them.
 
 use crate::env::Packet;
-use crate::packet::{Chain, ETHER_IPV4, ETHER_IPV6, ETHER_LEN, IPV4_LEN, IPV6_LEN, address6, chain, word};
+use crate::packet::{
+    Chain, ETHER_IPV4, ETHER_IPV6, ETHER_LEN, ICMP_LEN, IPV4_LEN, IPV6_LEN, address6, chain, word,
+};
 use sheave_ebpf_abi::{Address, PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP};
 
 /// Where the flags lie in a TCP header.
 const TCP_FLAGS: u32 = 13;
-/// Bytes of an ICMP error before the packet that it quotes.
-const ICMP_LEN: u32 = 8;
 /// Extension headers of IPv6 that end a chain without ports behind them (RFC 8200, RFC 4302).
 const AUTHENTICATION: u8 = 51;
 
