@@ -21,6 +21,7 @@ use super::asked::{Asked, Demand};
 use super::error::NetworkError;
 use super::ipam::{self, Pool};
 use super::plan::is_cni;
+use super::quarantine::Quarantine;
 use crate::limits;
 
 /// Longest uid, bytes.
@@ -71,8 +72,8 @@ pub(super) struct Leases {
     by_uid: BTreeMap<String, Lease>,
     /// Who has an address.
     by_ip: HashMap<IpAddr, String>,
-    /// When an address may be given again, and who had it.
-    freed: HashMap<IpAddr, (Instant, String)>,
+    /// Addresses that were freed a moment ago.
+    quarantine: Quarantine,
     /// The address given last, a range.
     last: HashMap<IpNetwork, IpAddr>,
     /// Whose leases an agent before this one ended a short while before it ended itself: their links may be left.
@@ -98,7 +99,7 @@ impl Leases {
             boot,
             by_uid: BTreeMap::new(),
             by_ip: HashMap::new(),
-            freed: HashMap::new(),
+            quarantine: Quarantine::default(),
             last: HashMap::new(),
             ended: BTreeSet::new(),
         };
@@ -139,6 +140,7 @@ impl Leases {
 
     fn load_freed(&mut self) -> Result<(), NetworkError> {
         let quarantine = Duration::from_millis(limits::ADDRESS_QUARANTINE_MS);
+        let mut waiting = Vec::new();
         for path in files(&self.dir.join("freed"))? {
             let meta = fs::metadata(&path).map_err(fail("look at", &path))?;
             let age = meta.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
@@ -148,12 +150,13 @@ impl Leases {
                 self.ended.insert(lease.uid.clone());
             }
             match lease {
-                Some(lease) if !left.is_zero() => {
-                    let until = Instant::now() + left;
-                    self.freed.extend(lease.ips.into_iter().map(|ip| (ip, (until, lease.uid.clone()))));
-                }
+                Some(lease) if !left.is_zero() => waiting.push((left, lease)),
                 _ => fs::remove_file(&path).map_err(fail("remove", &path))?,
             }
+        }
+        waiting.sort_by_key(|(left, _)| *left);
+        for (left, lease) in waiting {
+            self.quarantine.add(&lease.uid, &lease.ips, Instant::now() + left);
         }
         Ok(())
     }
@@ -270,7 +273,7 @@ impl Leases {
             }
             let taken = |ip: IpAddr| {
                 self.by_ip.contains_key(&ip)
-                    || self.freed.contains_key(&ip)
+                    || self.quarantine.has(ip)
                     || given(&ip)
                     || demand.ips.contains(&ip)
             };
@@ -297,7 +300,7 @@ impl Leases {
             range: pool.net,
             capacity: pool.capacity(),
             leased: self.by_ip.keys().filter(|ip| pool.has(**ip)).count(),
-            quarantined: self.freed.keys().filter(|ip| pool.has(**ip)).count(),
+            quarantined: self.quarantine.waiting(pool, None),
         }
     }
 
@@ -307,8 +310,7 @@ impl Leases {
         for set in &demand.sets {
             let left = |pool: &&Pool| {
                 let leased = self.by_ip.keys().filter(|ip| pool.has(**ip)).count();
-                let freed = self.freed.iter().filter(|(ip, (until, _))| pool.has(**ip) && *until > now);
-                let used = leased + freed.count();
+                let used = leased + self.quarantine.waiting(pool, Some(now));
                 pool.capacity() > u128::try_from(used).unwrap_or(u128::MAX)
             };
             if let (None, Some(pool)) = (set.iter().find(left), set.first()) {
@@ -320,7 +322,7 @@ impl Leases {
 
     /// Whose links, if there are any, are left of an attachment that was taken away.
     pub(super) fn ended(&self) -> BTreeSet<String> {
-        let lately = self.freed.values().map(|(_, uid)| uid.clone());
+        let lately = self.quarantine.names();
         self.ended.iter().cloned().chain(lately).filter(|uid| !self.by_uid.contains_key(uid)).collect()
     }
 
@@ -356,7 +358,9 @@ impl Leases {
 
     /// Ends the pod's lease; false if it has none. Its addresses are not given again for a while.
     pub(super) fn release(&mut self, uid: &str) -> Result<bool, NetworkError> {
-        let Some(lease) = self.by_uid.get(uid) else { return Ok(false) };
+        if !self.by_uid.contains_key(uid) {
+            return Ok(false);
+        }
         let (path, freed) = (self.path(uid), self.freed_path(uid));
         // The time of the file is the time of the release.
         let touched =
@@ -365,23 +369,19 @@ impl Leases {
             Err(e) if e.kind() != ErrorKind::NotFound => return Err(fail("end lease", &path)(e)),
             _ => {}
         }
+        let Some(lease) = self.by_uid.remove(uid) else { return Ok(false) };
         let until = Instant::now() + Duration::from_millis(limits::ADDRESS_QUARANTINE_MS);
         for ip in &lease.ips {
             self.by_ip.remove(ip);
-            self.freed.insert(*ip, (until, uid.to_owned()));
         }
-        self.by_uid.remove(uid);
+        self.quarantine.add(uid, &lease.ips, until);
         Ok(true)
     }
 
     fn end_quarantines(&mut self) {
         let now = Instant::now();
-        let (ended, kept) = self.freed.drain().partition(|(_, (until, _))| *until <= now);
-        self.freed = kept;
-        let ended: HashMap<IpAddr, (Instant, String)> = ended;
-        for (_, uid) in ended.values() {
-            // The other family's address had the same file.
-            match fs::remove_file(self.freed_path(uid)) {
+        while let Some(uid) = self.quarantine.end_next(now) {
+            match fs::remove_file(self.freed_path(&uid)) {
                 Err(error) if error.kind() != ErrorKind::NotFound => {
                     tracing::debug!(uid, %error, "record of a freed address stays");
                 }
@@ -462,7 +462,7 @@ mod tests {
             };
             assert_eq!((*capacity, *leased, *quarantined), (1, 0, 1));
             assert!(error.to_string().contains("10.0.0.0/30") && error.to_string().contains("--pod-cidr"));
-            leases.freed.values_mut().for_each(|freed| freed.0 = Instant::now());
+            leases.quarantine.end_all();
             leases.acquire("b", &net, &netns()).unwrap();
             leases.by_uid.clear();
         }

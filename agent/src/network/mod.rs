@@ -21,6 +21,7 @@ mod node;
 pub mod overlay;
 mod plan;
 mod ports;
+mod quarantine;
 mod reconcile;
 
 use std::collections::BTreeSet;
