@@ -5,7 +5,7 @@ pub mod cluster;
 pub mod config;
 pub mod dataplane;
 pub mod limits;
-mod memory;
+pub mod memory;
 pub mod network;
 pub mod pod;
 pub mod policy;

@@ -15,6 +15,7 @@ pub(super) fn run(command: &AgentCommand) -> Result<()> {
     let services =
         ServiceFlags { node_port_range: command.node_port_range.clone(), ..command.services.clone() };
     let config = config(&file, &command.base, &command.agent, &command.network, &services)?;
+    sheave_agent::memory::keep_little();
     super::run_daemon(async |shutdown| Ok(sheave_agent::run(config, shutdown).await?))
 }
 
