@@ -35,10 +35,11 @@ const NETWORK_ABOUT: &str = "\
 Put pods on two nodes on this host and measure every road between them; no cluster needed.
 
 Builds a pair of hosts as network namespaces for each road, runs the agent there where it is the agent's road, and \
-measures one TCP stream, requests of one byte on a kept connection, and the CPU time that both ends took: from host to \
-host, over a plain pair of links, between two pods of one node, between pods of two nodes by plain routes, by VXLAN, by \
-VXLAN laid by hand as flannel lays it, and by VXLAN through a service. Roads take turns, so that whatever else the \
-machine does meets all alike.
+measures one TCP stream, requests of one byte, and the CPU time that both ends took: from host to host, over a plain \
+pair of links, between two pods of one node, between pods of two nodes by plain routes, by VXLAN, by VXLAN laid by hand \
+as flannel lays it, and by VXLAN through a service. Roads take turns, so that whatever else the machine does meets all \
+alike. Requests have a connection that is kept from turn to turn and counts once it is settled; a stream is a new \
+connection each turn.
 
 Needs root. Touches nothing of the host's own network, and everything it made is gone after it.";
 

@@ -77,8 +77,8 @@ impl Default for NetworkOptions {
     fn default() -> Self {
         Self {
             roads: Road::ALL.to_vec(),
-            rounds: 20,
-            stream_ms: 250,
+            rounds: 10,
+            stream_ms: 1_500,
             requests: 2_000,
             mtu: 1500,
             output: Output::Table,

@@ -1,5 +1,6 @@
-//! The two ends of a road. Invariant: one thread each, so that what the kernel says of it is what the traffic cost; a
-//! stream counts once its receiver has read it to the end.
+//! The two ends of a road. Invariant: streams have one thread at each end, so that what the kernel says of it is what
+//! they cost; a stream counts once its receiver has read it to the end. A stream is a connection of its own; requests
+//! have one that is kept from turn to turn: what a road decides once a connection is decided before any counts.
 
 use crate::LoadError;
 use crate::error::Doing as _;
@@ -14,7 +15,7 @@ pub(crate) const PORT: u16 = 5201;
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(10);
 const CHUNK_BYTES: usize = 128 << 10;
-/// First byte of a connection that is a stream, or requests.
+/// First byte of a connection that is a stream, or for requests.
 const STREAM: u8 = b's';
 const REQUESTS: u8 = b'r';
 
@@ -23,7 +24,7 @@ const REQUESTS: u8 = b'r';
 pub(crate) enum Turn {
     /// A stream for so long.
     Stream { to: SocketAddr, ms: u64 },
-    /// Requests of one byte, one after the other, on one connection.
+    /// Requests of one byte, one after the other.
     Requests { to: SocketAddr, count: u32, warm_up: u32 },
 }
 
@@ -50,33 +51,55 @@ pub(crate) fn receive() -> Result<(), LoadError> {
     }
 }
 
+/// Serves a stream to its end, and has requests served in the background, since their connection stays.
 fn take(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut kind = [0];
     stream.read_exact(&mut kind)?;
     if kind[0] == REQUESTS {
-        let mut byte = [0];
-        while stream.read(&mut byte)? == 1 {
-            stream.write_all(&byte)?;
-        }
+        std::thread::spawn(move || echo(stream).unwrap_or_default());
         return Ok(());
     }
     while stream.read(buffer)? > 0 {}
     Ok(())
 }
 
+fn echo(mut stream: TcpStream) -> std::io::Result<()> {
+    // Other roads have their turns meanwhile.
+    stream.set_read_timeout(None)?;
+    let mut byte = [0];
+    while stream.read(&mut byte)? == 1 {
+        stream.write_all(&byte)?;
+    }
+    Ok(())
+}
+
 /// Does the turns that it is told.
 pub(crate) fn send(input: &mut impl BufRead) -> Result<(), LoadError> {
+    let mut kept = None;
     while let Some(turn) = wire::read(input, "sending")? {
-        let done = match turn {
-            Turn::Stream { to, ms } => stream(to, Duration::from_millis(ms)),
-            Turn::Requests { to, count, warm_up } => requests(to, count, warm_up),
-        };
-        let done = done.unwrap_or_else(|error| Done { failure: Some(error.to_string()), ..Done::default() });
+        let done = perform(&turn, &mut kept).unwrap_or_else(|error| {
+            // Where it broke off is not known: the next turn begins anew.
+            kept = None;
+            Done { failure: Some(error.to_string()), ..Done::default() }
+        });
         wire::write(&mut std::io::stdout(), &done).doing("answer")?;
     }
     Ok(())
+}
+
+fn perform(turn: &Turn, kept: &mut Option<TcpStream>) -> std::io::Result<Done> {
+    match *turn {
+        Turn::Stream { to, ms } => stream(to, Duration::from_millis(ms)),
+        Turn::Requests { to, count, warm_up } => {
+            let connection = match kept.take() {
+                Some(connection) => connection,
+                None => open(to, REQUESTS)?,
+            };
+            requests(kept.insert(connection), count, warm_up)
+        }
+    }
 }
 
 fn open(to: SocketAddr, kind: u8) -> std::io::Result<TcpStream> {
@@ -104,8 +127,7 @@ fn stream(to: SocketAddr, time: Duration) -> std::io::Result<Done> {
     Ok(Done { bytes, ns: vec![nanos(start)], failure: None })
 }
 
-fn requests(to: SocketAddr, count: u32, warm_up: u32) -> std::io::Result<Done> {
-    let mut stream = open(to, REQUESTS)?;
+fn requests(stream: &mut TcpStream, count: u32, warm_up: u32) -> std::io::Result<Done> {
     let mut ns = Vec::with_capacity(count as usize);
     let mut byte = [7];
     for at in 0..warm_up + count {
@@ -138,14 +160,22 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap();
         let receiver = std::thread::spawn(move || {
-            for _ in 0..2 {
+            // Two streams, and one connection for all requests.
+            for _ in 0..3 {
                 take(listener.accept().unwrap().0, &mut [0; 4096]).unwrap();
             }
         });
-        let streamed = stream(to, Duration::from_millis(5)).unwrap();
-        assert!(streamed.bytes > 0 && streamed.ns[0] >= 5_000_000);
-        assert_eq!(requests(to, 3, 2).unwrap().ns.len(), 3);
+        let mut kept = None;
+        for _ in 0..2 {
+            let streamed = perform(&Turn::Stream { to, ms: 5 }, &mut kept).unwrap();
+            assert!(streamed.bytes > 0 && streamed.ns[0] >= 5_000_000);
+            let asked = perform(&Turn::Requests { to, count: 3, warm_up: 2 }, &mut kept).unwrap();
+            assert_eq!(asked.ns.len(), 3);
+        }
+        drop(kept);
         receiver.join().unwrap();
+        let gone = perform(&Turn::Requests { to, count: 1, warm_up: 0 }, &mut None);
+        assert!(gone.is_err(), "nobody listens any more: {gone:?}");
         assert!(cpu_ns(std::process::id()) > 0);
         assert_eq!(cpu_ns(0), 0);
     }
