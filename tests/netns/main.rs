@@ -32,6 +32,7 @@ mod network_repair;
 mod overlay_foreign;
 mod overlay_heal;
 mod overlay_nodes;
+mod overlay_services;
 mod pod_bed;
 mod pod_life;
 mod pod_survival;
