@@ -5,6 +5,7 @@
 use crate::LoadError;
 use crate::error::Doing as _;
 use crate::wire;
+use nix::{libc, setsockopt_impl, sockopt_impl};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -51,6 +52,15 @@ pub(crate) fn receive() -> Result<(), LoadError> {
     }
 }
 
+sockopt_impl!(
+    /// Bytes that wait before a receiver is woken (`SO_RCVLOWAT`, socket(7)).
+    WakeAt,
+    SetOnly,
+    libc::SOL_SOCKET,
+    libc::SO_RCVLOWAT,
+    i32
+);
+
 /// Serves a stream to its end, and has requests served in the background, since their connection stays.
 fn take(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
@@ -61,6 +71,9 @@ fn take(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
         std::thread::spawn(move || echo(stream).unwrap_or_default());
         return Ok(());
     }
+    // Woken for each piece, a receiver that is quick to sleep again makes a quick road slow: what was measured would be
+    // how this machine wakes a thread of another processor.
+    nix::sys::socket::setsockopt(&stream, WakeAt, &(buffer.len() as i32))?;
     while stream.read(buffer)? > 0 {}
     Ok(())
 }

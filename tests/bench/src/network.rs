@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use crate::report::{Bar, Report};
 
 /// Turns of each road; a stream and a row of requests each.
-const ROUNDS: u32 = 20;
+const ROUNDS: u32 = 40;
 /// Longer than the first second, in which every packet of a flow goes through the stack of both nodes.
-const STREAM_MS: u32 = 2_000;
+const STREAM_MS: u32 = 1_500;
 
 pub(crate) fn run(json: bool) -> Result<()> {
     let output = Command::new(crate::sheave()?)
