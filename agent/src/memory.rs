@@ -12,8 +12,8 @@ use crate::limits;
 /// another one behind, full of holes.
 #[cfg(target_env = "gnu")]
 const HEAPS_MAX: libc::c_int = 2;
-/// Bytes at the end of a heap that stay with it. Without a figure the allocator takes twice the largest piece that was
-/// ever freed, and `malloc_trim` cuts the first heap only.
+/// Bytes at the end of a heap that stay with it. Without a figure the allocator takes twice the largest mapping that
+/// was ever freed, and `malloc_trim` cuts the first heap only.
 #[cfg(target_env = "gnu")]
 const HEAP_END_BYTES: libc::c_int = 128 * 1024;
 

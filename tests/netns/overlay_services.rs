@@ -8,10 +8,12 @@ use std::time::Duration;
 use sheave_harness::overlay::{Bed, Host, Ips, Pod};
 use sheave_harness::{Cgroup, NetNs, http, require_root, wait_for};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 const NODE_PORT: u16 = 30080;
 const TARGET: u16 = 8080;
+const OUTSIDE4: &str = "192.0.2.200";
+const OUTSIDE6: &str = "2001:db8::200";
 const TRY: Duration = Duration::from_secs(2);
 /// More than what fits into one packet, and into the queues of a connection.
 const BULK: usize = 300_000;
@@ -64,6 +66,14 @@ fn publish(bed: &Bed, server: &Pod, node: &Host) {
     }
 }
 
+/// Bytes that the node has sent into its tunnels.
+fn tunnelled(host: &Host) -> u64 {
+    let links: Value = serde_json::from_str(&host.netns.ip(&["-s", "-j", "link"])).expect("links as JSON");
+    let is_tunnel = |link: &&Value| link["ifname"].as_str().is_some_and(|name| name.starts_with("sheave-vx"));
+    let links = links.as_array().into_iter().flatten().filter(is_tunnel);
+    links.filter_map(|link| link["stats64"]["tx"]["bytes"].as_u64()).sum()
+}
+
 fn a_node_port_leads_through_the_tunnel(plane: &str) {
     if !require_root() {
         return;
@@ -86,8 +96,8 @@ fn a_node_port_leads_through_the_tunnel(plane: &str) {
     let outside = NetNs::new();
     outside.veth("eth0", &bed.switch, "outside");
     bed.switch.ip(&["link", "set", "outside", "master", "br0"]);
-    outside.ip(&["addr", "add", "192.0.2.200/24", "dev", "eth0"]);
-    outside.ip(&["addr", "add", "2001:db8::200/64", "dev", "eth0", "nodad"]);
+    outside.ip(&["addr", "add", &format!("{OUTSIDE4}/24"), "dev", "eth0"]);
+    outside.ip(&["addr", "add", &format!("{OUTSIDE6}/64"), "dev", "eth0", "nodad"]);
 
     for (family, ip) in [hosts[0].ip4.as_str(), &hosts[0].ip6].into_iter().enumerate() {
         let to = SocketAddr::new(ip.parse().expect("an address"), NODE_PORT);
@@ -96,12 +106,15 @@ fn a_node_port_leads_through_the_tunnel(plane: &str) {
         for (who, from) in
             [("outside", &outside), ("a pod of that node", &near.netns)].into_iter().chain(node)
         {
+            let before = tunnelled(&hosts[0]);
             let seen = wait_for(&format!("{plane}: {who} at {to}"), || {
                 ask(from, to).map_err(|error| format!("{error}\n{}", hosts[0].log()))
             });
+            let sent = tunnelled(&hosts[0]) - before;
+            assert!(sent >= BULK as u64, "{plane}: {who} at {to}: {sent} bytes went into the tunnel");
             // The answer has to come back by the node that was asked, which knows whom it was for.
-            let kept = [IpAddr::from([192, 0, 2, 200]), "2001:db8::200".parse().expect("an address")];
-            assert_ne!(seen, kept[family], "{plane}: {who} was not masqueraded");
+            let outsider = [OUTSIDE4, OUTSIDE6][family].parse::<IpAddr>().expect("an address");
+            assert!(who != "outside" || seen != outsider, "{plane}: {who} at {to} was not masqueraded");
         }
     }
     // Where the pod is, an outsider gets to it too.

@@ -300,7 +300,7 @@ impl Leases {
             range: pool.net,
             capacity: pool.capacity(),
             leased: self.by_ip.keys().filter(|ip| pool.has(**ip)).count(),
-            quarantined: self.quarantine.waiting(pool, None),
+            quarantined: self.quarantine.waiting(pool, Instant::now()),
         }
     }
 
@@ -310,7 +310,7 @@ impl Leases {
         for set in &demand.sets {
             let left = |pool: &&Pool| {
                 let leased = self.by_ip.keys().filter(|ip| pool.has(**ip)).count();
-                let used = leased + self.quarantine.waiting(pool, Some(now));
+                let used = leased + self.quarantine.waiting(pool, now);
                 pool.capacity() > u128::try_from(used).unwrap_or(u128::MAX)
             };
             if let (None, Some(pool)) = (set.iter().find(left), set.first()) {
@@ -358,9 +358,7 @@ impl Leases {
 
     /// Ends the pod's lease; false if it has none. Its addresses are not given again for a while.
     pub(super) fn release(&mut self, uid: &str) -> Result<bool, NetworkError> {
-        if !self.by_uid.contains_key(uid) {
-            return Ok(false);
-        }
+        let Some(lease) = self.by_uid.get(uid) else { return Ok(false) };
         let (path, freed) = (self.path(uid), self.freed_path(uid));
         // The time of the file is the time of the release.
         let touched =
@@ -369,12 +367,12 @@ impl Leases {
             Err(e) if e.kind() != ErrorKind::NotFound => return Err(fail("end lease", &path)(e)),
             _ => {}
         }
-        let Some(lease) = self.by_uid.remove(uid) else { return Ok(false) };
         let until = Instant::now() + Duration::from_millis(limits::ADDRESS_QUARANTINE_MS);
         for ip in &lease.ips {
             self.by_ip.remove(ip);
         }
         self.quarantine.add(uid, &lease.ips, until);
+        self.by_uid.remove(uid);
         Ok(true)
     }
 

@@ -47,13 +47,12 @@ impl Quarantine {
                 self.until.remove(&ip);
             }
         }
-        let name = self.names.drain(..row.name_bytes).collect();
+        let name: Vec<u8> = self.names.drain(..row.name_bytes).collect();
         if self.rows.is_empty() {
             // Room for a busy moment's thousands.
             *self = Self::default();
         }
-        // Names go in as text, one after the other.
-        Some(String::from_utf8(name).unwrap_or_default())
+        Some(text(&name))
     }
 
     /// Whether the address waits, or would be let go with the next.
@@ -62,15 +61,14 @@ impl Quarantine {
     }
 
     /// How many addresses of the pool wait beyond `now`.
-    pub(super) fn waiting(&self, pool: &Pool, now: Option<Instant>) -> usize {
-        self.until.iter().filter(|(ip, until)| pool.has(**ip) && now.is_none_or(|now| **until > now)).count()
+    pub(super) fn waiting(&self, pool: &Pool, now: Instant) -> usize {
+        self.until.iter().filter(|(ip, until)| pool.has(**ip) && **until > now).count()
     }
 
     /// Who had what waits.
     pub(super) fn names(&self) -> Vec<String> {
         let mut names = self.names.iter().copied();
-        let name = |row: &Row| String::from_utf8(names.by_ref().take(row.name_bytes).collect());
-        self.rows.iter().map(name).map(Result::unwrap_or_default).collect()
+        self.rows.iter().map(|row| text(&names.by_ref().take(row.name_bytes).collect::<Vec<_>>())).collect()
     }
 
     #[cfg(test)]
@@ -79,6 +77,11 @@ impl Quarantine {
         self.until.values_mut().for_each(|until| *until = now);
         self.rows.iter_mut().for_each(|row| row.until = now);
     }
+}
+
+/// A name, which went in as text.
+fn text(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
 }
 
 #[cfg(test)]

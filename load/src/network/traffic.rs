@@ -92,11 +92,8 @@ fn echo(mut stream: TcpStream) -> std::io::Result<()> {
 pub(crate) fn send(input: &mut impl BufRead) -> Result<(), LoadError> {
     let mut kept = None;
     while let Some(turn) = wire::read(input, "sending")? {
-        let done = perform(&turn, &mut kept).unwrap_or_else(|error| {
-            // Where it broke off is not known: the next turn begins anew.
-            kept = None;
-            Done { failure: Some(error.to_string()), ..Done::default() }
-        });
+        let done = perform(&turn, &mut kept)
+            .unwrap_or_else(|error| Done { failure: Some(error.to_string()), ..Done::default() });
         wire::write(&mut std::io::stdout(), &done).doing("answer")?;
     }
     Ok(())
@@ -106,11 +103,14 @@ fn perform(turn: &Turn, kept: &mut Option<TcpStream>) -> std::io::Result<Done> {
     match *turn {
         Turn::Stream { to, ms } => stream(to, Duration::from_millis(ms)),
         Turn::Requests { to, count, warm_up } => {
-            let connection = match kept.take() {
+            let mut connection = match kept.take() {
                 Some(connection) => connection,
                 None => open(to, REQUESTS)?,
             };
-            requests(kept.insert(connection), count, warm_up)
+            // One that failed is not kept: where it broke off is not known.
+            let done = requests(&mut connection, count, warm_up)?;
+            *kept = Some(connection);
+            Ok(done)
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `bench network`: what `sheave load network` measures, as the ratios that are asked for. Streams are compared turn by
 //! turn, so that a machine that is busy for a while tells nothing about a road.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -17,14 +17,11 @@ pub(crate) fn run(json: bool) -> Result<()> {
     let output = Command::new(crate::sheave()?)
         .args(["load", "network", "--output", "json", "--rounds", &ROUNDS.to_string()])
         .args(["--stream-ms", &STREAM_MS.to_string()])
+        // It shows how far it is, and says itself what went wrong.
+        .stderr(Stdio::inherit())
         .output()
         .context("starting sheave load network")?;
-    ensure!(
-        output.status.success(),
-        "sheave load network: {}: {}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
+    ensure!(output.status.success(), "sheave load network: {}", output.status);
     let text = String::from_utf8_lossy(&output.stdout);
     let rows: Vec<Value> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     let mut report = Report::new("network", json);
