@@ -8,6 +8,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use sheave_agent::dataplane::{DataplaneConfig, Mode, remove};
@@ -138,9 +139,24 @@ fn ask_tcp(to: SocketAddr, limit: Duration) -> std::io::Result<String> {
     Ok(text)
 }
 
+/// A socket whose port this process has not asked from before: a flow of datagrams stays with its endpoint for as long as
+/// it is in use, whatever its service's policies become.
+fn fresh_udp(to: SocketAddr) -> std::io::Result<UdpSocket> {
+    static NEXT: AtomicU16 = AtomicU16::new(10_000);
+    let any = if to.is_ipv4() { "0.0.0.0" } else { "::" };
+    loop {
+        // Below the NodePorts and the ports that the kernel gives.
+        let port = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(port < 30_000, "this process has asked too often");
+        match UdpSocket::bind(at(any, port)) {
+            Err(e) if e.kind() == ErrorKind::AddrInUse => {}
+            done => return done,
+        }
+    }
+}
+
 fn ask_udp(to: SocketAddr, limit: Duration) -> std::io::Result<String> {
-    let any = if to.is_ipv4() { at("0.0.0.0", 0) } else { at("::", 0) };
-    let socket = UdpSocket::bind(any)?;
+    let socket = fresh_udp(to)?;
     socket.set_read_timeout(Some(limit))?;
     // Connected, so that an ICMP error is told.
     socket.connect(to)?;

@@ -577,7 +577,7 @@ fn place<E: Table + Flows>(env: &E, work: &mut Work, local: bool, link: Link) ->
     if !here && must_masquerade(env, work, local, link) {
         return Ok(true);
     }
-    match flow::take(env, work) {
+    match flow::take(env, work, true) {
         Claim::Stored => Ok(false),
         // The same client port through another address of a service: a port of ours tells them apart.
         Claim::Taken if !here => Ok(true),
@@ -632,7 +632,7 @@ fn masquerade<E: Table + Flows + Node>(env: &E, work: &mut Work) -> Result<(), C
         if work.flow.sport == 0 || env.has_socket(&work.other_key) {
             continue;
         }
-        match flow::take(env, work) {
+        match flow::take(env, work, false) {
             Claim::Stored => return Ok(()),
             Claim::Taken => {}
             Claim::Refused => return Err(Counter::FlowFull),

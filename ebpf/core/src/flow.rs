@@ -196,20 +196,24 @@ pub fn turn(work: &mut Work) {
 }
 
 /// Takes the tuple of the answers of `flow` in `work`. It is ours then: it was free, ours already, or nothing was seen
-/// of its owner for too long.
+/// of its owner for too long. With `early` also when its owner has ended and the packet begins a connection: the port is
+/// the client's own, who would not use it again for one that lives, or that the backend still remembers.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-pub fn take<E: Flows>(env: &E, work: &mut Work) -> Claim {
+pub fn take<E: Flows>(env: &E, work: &mut Work, early: bool) -> Claim {
     turn(work);
     mark(env, &work.other_key, work.now_s);
     match env.claim(&work.other_key, &work.other) {
         Claim::Taken => {}
         done => return done,
     }
-    match env.flow(&work.other_key) {
-        Some(held) if !same(&held, &work.other) && !is_expired(&held, work.key.proto, work.now_s) => {
-            Claim::Taken
+    if let Some(held) = env.flow(&work.other_key)
+        && !same(&held, &work.other)
+        && !is_expired(&held, work.key.proto, work.now_s)
+    {
+        if !(early && work.headers.opens() && is_closing(held.flags)) {
+            return Claim::Taken;
         }
-        _ if env.replace(&work.other_key, &work.other) => Claim::Stored,
-        _ => Claim::Refused,
+        env.remove(&other_key(&work.other_key, &held));
     }
+    if env.replace(&work.other_key, &work.other) { Claim::Stored } else { Claim::Refused }
 }

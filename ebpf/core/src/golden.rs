@@ -715,6 +715,15 @@ fn endings(p: &Place) -> Vec<Step> {
     steps.push(pass("and anew", Ingress, there(SYN), dnat(SYN)));
     steps.push(pass("past the service meanwhile", Ingress, dnat(SYN), dnat(SYN)));
     steps.push(pass("a connection that has not ended", Egress, turn(dnat(SYN)), turn(there(SYN))));
+    // The client's port through another address of a service, when the first connection has ended: nothing is to be told
+    // apart. What still comes by the first one is no part of the new one.
+    ended(&mut steps);
+    let by_other = |flags| Frame::new((p.client, 20_000), (p.node, PORT_SAME_POD), L4::Tcp(flags));
+    steps.push(pass("tuple of one that ended", Ingress, by_other(SYN), dnat(SYN)));
+    steps.push(pass("tuple of one that ended", Egress, turn(dnat(SYN)), turn(by_other(SYN))));
+    let late = Frame::new((p.node, 20_000), (p.pod, PORT_POD), L4::Tcp(ACK));
+    steps.push(redirect("late, of one that ended", Ingress, there(ACK), late));
+    steps.push(pass("and the new one goes on", Egress, turn(dnat(ACK)), turn(by_other(ACK))));
     // This node itself uses the port that a masqueraded connection had.
     let there = |flags| Frame::new((p.client, 20_010), (p.node, PORT_REMOTE), L4::Tcp(flags));
     let nat = |flags| Frame::new((p.node, 20_010), (p.remote, PORT_POD), L4::Tcp(flags));
