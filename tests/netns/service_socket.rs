@@ -8,8 +8,10 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use aya::maps::{HashMap, Map, MapData};
 use sheave_agent::dataplane::{Driver, list};
 use sheave_agent::service::{Event, Proto};
+use sheave_ebpf_abi::ReverseEntry;
 use sheave_harness::{NetNs, isolated};
 
 use crate::service_world::{
@@ -69,6 +71,50 @@ fn service_tcp_connections_reach_every_endpoint_and_show_the_service() {
         // What is no service stays as it is.
         assert_eq!(ask(pods_v4()[0]).expect("straight to a pod").0, PODS[0]);
         assert_eq!(world.counted("connect_translated"), 121);
+    });
+}
+
+/// The sockets whose peers are remembered: cookie → entry.
+fn peers(world: &World) -> HashMap<MapData, u64, [u8; size_of::<ReverseEntry>()]> {
+    let path = sheave_agent::dataplane::ebpf::versioned(&world.config.pin_dir).join("shv_peers");
+    let map = Map::from_map_data(MapData::from_pin(path).expect("pinned")).expect("a hash");
+    map.try_into().expect("of the size of an entry")
+}
+
+#[test]
+fn service_peers_are_remembered_as_long_as_their_sockets() {
+    isolated(module_path!(), "service_peers_are_remembered_as_long_as_their_sockets", |cgroup| {
+        let world = World::new(cgroup, &[]);
+        let _driver = world.driver(servers());
+        let mut peers = peers(&world);
+        let connect = |to| std::net::TcpStream::connect(to).expect("connect");
+        let services = [at("10.96.0.10", 80), at("fd00:96::10", 80), at("::ffff:10.96.0.10", 80)];
+        let held: Vec<_> = services.into_iter().map(|to| (to, connect(to))).collect();
+        let straight = connect(pods_v4()[0]);
+        assert_eq!(peers.keys().count(), 3);
+        for (to, stream) in &held {
+            assert_eq!(stream.peer_addr().expect("its peer"), *to);
+        }
+        assert_eq!(straight.peer_addr().expect("its peer"), pods_v4()[0]);
+        let twin = held[0].1.try_clone().expect("another descriptor");
+        drop(held);
+        assert_eq!(peers.keys().count(), 1, "a socket is open until its last descriptor is closed");
+        assert_eq!(twin.peer_addr().expect("its peer"), services[0]);
+        drop(twin);
+        assert_eq!(peers.keys().count(), 0);
+        // What finds no room there is remembered all the same, and the next one finds room again.
+        let cookies = (0..sheave_ebpf_abi::map::PEERS_MAX as u64).map(|n| n | 1 << 63);
+        cookies.clone().for_each(|cookie| {
+            peers.insert(cookie, [0; size_of::<ReverseEntry>()], 0).expect("room for another");
+        });
+        let late = services.map(|to| (to, connect(to)));
+        assert!(peers.keys().flatten().all(|cookie| cookie >> 63 == 1), "there was room");
+        for (to, stream) in &late {
+            assert_eq!(stream.peer_addr().expect("its peer"), *to);
+        }
+        cookies.for_each(|cookie| peers.remove(&cookie).expect("remove it"));
+        let stream = connect(services[0]);
+        assert_eq!((peers.keys().count(), stream.peer_addr().expect("its peer")), (1, services[0]));
     });
 }
 

@@ -11,6 +11,9 @@ pub const SLOTS: &str = "shv_slots";
 pub const BACKENDS: &str = "shv_backends";
 /// Socket storage of [`crate::ReverseEntry`].
 pub const REVERSE_SK: &str = "shv_reverse_sk";
+/// Cookie of a TCP socket (u64) → [`crate::ReverseEntry`]: what it was connected through. An entry goes when its socket is
+/// closed.
+pub const PEERS: &str = "shv_peers";
 /// LRU [`crate::ReverseKey`] → [`crate::ReverseValue`].
 pub const REVERSE_LRU: &str = "shv_reverse";
 /// LRU [`crate::FlowKey`] → [`crate::Flow`].
@@ -55,6 +58,7 @@ pub const ALL: &[&str] = &[
     SLOTS,
     BACKENDS,
     REVERSE_SK,
+    PEERS,
     REVERSE_LRU,
     FLOWS,
     FRAGMENTS,
@@ -79,6 +83,9 @@ pub const FRONTENDS_MAX: usize = 262_144;
 pub const SLOTS_MAX: usize = 524_288;
 /// Backends (entries, allocated as they come).
 pub const BACKENDS_MAX: usize = 262_144;
+/// Connected TCP sockets whose peers are remembered by cookie (96 bytes each, allocated at once); those that find no room
+/// have it in their storage.
+pub const PEERS_MAX: usize = 65_536;
 /// Reverse entries outside socket storage.
 pub const REVERSE_MAX: usize = 32_768;
 /// Fragmented packets whose ports are known.

@@ -48,6 +48,10 @@ pub trait Affinities {
 pub trait Socket {
     /// The socket's cookie, unique while the kernel runs.
     fn cookie(&self) -> u64;
+    /// The entry in the table of connected sockets.
+    fn noted(&self) -> Option<ReverseEntry>;
+    /// Writes it there; false when there is no room.
+    fn note(&self, entry: &ReverseEntry) -> bool;
     /// The entry in the socket's own storage.
     fn stored(&self) -> Option<ReverseEntry>;
     /// Writes the socket's own storage; false when the kernel has no memory for it.

@@ -34,10 +34,12 @@ struct Kernel {
     members: HashMap<MemberKey, u32>,
     told: RefCell<Vec<(Counter, Address)>>,
     ranges: Vec<(u32, Address, u32)>,
+    noted: RefCell<Option<ReverseEntry>>,
     stored: RefCell<Option<ReverseEntry>>,
     lru: RefCell<HashMap<ReverseKey, ReverseValue>>,
     now_s: Cell<u32>,
     host_socket: bool,
+    no_room: bool,
     no_storage: bool,
     flips: RefCell<Vec<(Frontend4Key, Frontend)>>,
 }
@@ -186,6 +188,15 @@ impl Socket for Kernel {
     fn cookie(&self) -> u64 {
         0x1_0000_0002
     }
+    fn noted(&self) -> Option<ReverseEntry> {
+        *self.noted.borrow()
+    }
+    fn note(&self, entry: &ReverseEntry) -> bool {
+        if !self.no_room {
+            *self.noted.borrow_mut() = Some(*entry);
+        }
+        !self.no_room
+    }
     fn stored(&self) -> Option<ReverseEntry> {
         *self.stored.borrow()
     }
@@ -291,6 +302,28 @@ fn sockets_remember_whom_they_asked() {
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((two, 2)));
         assert!(reverse::remember_peer(&kernel, &one, &b("10.244.0.9", 9), 1));
         assert_eq!(reverse::recall(&kernel, &to("10.244.0.9", 9, PROTO_UDP)), Some((one, 1)));
+    }
+}
+
+#[test]
+fn a_connection_is_remembered_where_there_is_room() {
+    let mut kernel = balanced();
+    let (one, two) = (to("10.96.0.1", 80, PROTO_TCP), to("10.96.0.2", 80, PROTO_TCP));
+    let b = Backend { addr: address("10.244.0.1"), id: 1, port: 9_u16.to_be(), proto: PROTO_TCP, flags: 0 };
+    let peer = to("10.244.0.1", 9, PROTO_TCP);
+    for (no_room, no_storage) in [(false, false), (true, false), (true, true)] {
+        (kernel.no_room, kernel.no_storage) = (no_room, no_storage);
+        *kernel.noted.borrow_mut() = None;
+        *kernel.stored.borrow_mut() = None;
+        kernel.lru.borrow_mut().clear();
+        assert_eq!(reverse::recall(&kernel, &peer), None);
+        for (asked, service) in [(one, 1), (two, 2)] {
+            assert!(reverse::remember_peer(&kernel, &asked, &b, service));
+            assert_eq!(reverse::recall(&kernel, &peer), Some((asked, service)));
+        }
+        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 10, PROTO_TCP)), None);
+        assert_eq!(kernel.noted.borrow().is_some(), !no_room);
+        assert_eq!(kernel.stored.borrow().is_some(), no_room && !no_storage);
     }
 }
 

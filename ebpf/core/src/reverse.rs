@@ -3,7 +3,7 @@
 
 use crate::env::Socket;
 use crate::resolve::Destination;
-use sheave_ebpf_abi::{Address, Backend, ReverseEntry, ReverseKey, ReverseValue};
+use sheave_ebpf_abi::{Address, Backend, PROTO_TCP, ReverseEntry, ReverseKey, ReverseValue};
 
 #[inline(always)]
 fn lru_key(cookie: u64, addr: &Address, port: u16, proto: u8) -> ReverseKey {
@@ -21,11 +21,13 @@ fn entry(asked: &Destination, backend: &Backend, service_id: u32) -> ReverseEntr
     }
 }
 
-/// Remembers a connection: the socket has one peer, so its storage always holds it. False when the kernel has no
-/// memory left for it in either place.
+/// Remembers a connection: the socket has one peer. Of TCP it is in the table of connected sockets, which costs a tenth of
+/// what a storage of its own does; without room there, and for the sake of those who look for connected UDP sockets, in the
+/// socket's storage. False when the kernel has no memory left for it in any place.
 #[inline(always)]
 pub fn remember_peer<S: Socket>(socket: &S, asked: &Destination, backend: &Backend, service_id: u32) -> bool {
-    if socket.store(&entry(asked, backend, service_id)) {
+    let entry = entry(asked, backend, service_id);
+    if asked.proto == PROTO_TCP && socket.note(&entry) || socket.store(&entry) {
         return true;
     }
     remember_in_lru(socket, asked, backend, service_id) != Remembered::No
@@ -85,9 +87,15 @@ fn remember_in_lru<S: Socket>(
 #[inline(always)]
 pub fn recall<S: Socket>(socket: &S, peer: &Destination) -> Option<(Destination, u32)> {
     let asked = |addr, port| Destination { addr, port, proto: peer.proto };
+    let is_of = |held: &ReverseEntry| held.backend == peer.addr && held.backend_port == peer.port;
+    if peer.proto == PROTO_TCP
+        && let Some(held) = socket.noted()
+        && is_of(&held)
+    {
+        return Some((asked(held.service, held.service_port), held.service_id));
+    }
     if let Some(held) = socket.stored()
-        && held.backend == peer.addr
-        && held.backend_port == peer.port
+        && is_of(&held)
     {
         return Some((asked(held.service, held.service_port), held.service_id));
     }

@@ -9,6 +9,7 @@ mod connect;
 mod event;
 mod maps;
 mod peer;
+mod release;
 mod sendmsg;
 mod skb;
 mod sock;

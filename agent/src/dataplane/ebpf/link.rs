@@ -20,6 +20,8 @@ pub(super) const CGROUP_HOOKS: &[(&str, u32)] = &[
     ("shv_recvmsg6", 20),
     ("shv_getpeername4", 29),
     ("shv_getpeername6", 30),
+    // Forgetting before remembering: no entry outlives its socket.
+    ("shv_release", 34),
     ("shv_sendmsg4", 14),
     ("shv_sendmsg6", 15),
     ("shv_connect4", 10),
