@@ -16,7 +16,7 @@ const TARGET: &str = "bpfel-unknown-none";
 const PROGRAMS: [&str; 2] = ["sheave-ebpf-prog", "sheave-ebpf-net"];
 const OVERRIDE: &str = "SHEAVE_BPF_TOOLCHAIN";
 /// Crates that use unstable features (`asm_experimental_arch`); named, so that stable rustc allows it for them alone.
-const UNSTABLE_CRATES: &str = "aya_ebpf,aya_ebpf_bindings";
+const UNSTABLE_CRATES: &str = "aya_ebpf,aya_ebpf_bindings,sheave_ebpf_kernel";
 
 enum Toolchain {
     /// A cargo and a rustc with a prebuilt `core`.

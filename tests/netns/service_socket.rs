@@ -8,10 +8,9 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, Map, MapData};
 use sheave_agent::dataplane::{Driver, list};
 use sheave_agent::service::{Event, Proto};
-use sheave_ebpf_abi::ReverseEntry;
 use sheave_harness::{NetNs, isolated};
 
 use crate::service_world::{
@@ -74,11 +73,20 @@ fn service_tcp_connections_reach_every_endpoint_and_show_the_service() {
     });
 }
 
-/// The sockets whose peers are remembered: cookie → entry.
-fn peers(world: &World) -> HashMap<MapData, u64, [u8; size_of::<ReverseEntry>()]> {
-    let path = sheave_agent::dataplane::ebpf::versioned(&world.config.pin_dir).join("shv_peers");
-    let map = Map::from_map_data(MapData::from_pin(path).expect("pinned")).expect("a hash");
-    map.try_into().expect("of the size of an entry")
+/// The cookies of the sockets in the table of connected ones.
+fn owner_map(world: &World) -> Array<MapData, u64> {
+    let path = sheave_agent::dataplane::ebpf::versioned(&world.config.pin_dir).join("shv_peer_owners");
+    let map = Map::from_map_data(MapData::from_pin(path).expect("pinned")).expect("an array");
+    map.try_into().expect("of numbers")
+}
+
+fn owners(map: &Array<MapData, u64>) -> Vec<u64> {
+    map.iter().map(|owner| owner.expect("an element")).filter(|cookie| *cookie != 0).collect()
+}
+
+/// Gives every place to the socket with this cookie.
+fn give_all(map: &mut Array<MapData, u64>, cookie: u64) {
+    (0..map.len()).for_each(|place| map.set(place, cookie, 0).expect("write an element"));
 }
 
 #[test]
@@ -86,35 +94,34 @@ fn service_peers_are_remembered_as_long_as_their_sockets() {
     isolated(module_path!(), "service_peers_are_remembered_as_long_as_their_sockets", |cgroup| {
         let world = World::new(cgroup, &[]);
         let _driver = world.driver(servers());
-        let mut peers = peers(&world);
+        let mut peers = owner_map(&world);
         let connect = |to| std::net::TcpStream::connect(to).expect("connect");
         let services = [at("10.96.0.10", 80), at("fd00:96::10", 80), at("::ffff:10.96.0.10", 80)];
         let held: Vec<_> = services.into_iter().map(|to| (to, connect(to))).collect();
         let straight = connect(pods_v4()[0]);
-        assert_eq!(peers.keys().count(), 3);
+        assert_eq!(owners(&peers).len(), 3);
         for (to, stream) in &held {
             assert_eq!(stream.peer_addr().expect("its peer"), *to);
         }
         assert_eq!(straight.peer_addr().expect("its peer"), pods_v4()[0]);
         let twin = held[0].1.try_clone().expect("another descriptor");
         drop(held);
-        assert_eq!(peers.keys().count(), 1, "a socket is open until its last descriptor is closed");
+        assert_eq!(owners(&peers).len(), 1, "a socket is open until its last descriptor is closed");
         assert_eq!(twin.peer_addr().expect("its peer"), services[0]);
         drop(twin);
-        assert_eq!(peers.keys().count(), 0);
+        assert_eq!(owners(&peers).len(), 0);
         // What finds no room there is remembered all the same, and the next one finds room again.
-        let cookies = (0..sheave_ebpf_abi::map::PEERS_MAX as u64).map(|n| n | 1 << 63);
-        cookies.clone().for_each(|cookie| {
-            peers.insert(cookie, [0; size_of::<ReverseEntry>()], 0).expect("room for another");
-        });
+        give_all(&mut peers, u64::MAX);
+        let others = owners(&peers);
         let late = services.map(|to| (to, connect(to)));
-        assert!(peers.keys().flatten().all(|cookie| cookie >> 63 == 1), "there was room");
         for (to, stream) in &late {
             assert_eq!(stream.peer_addr().expect("its peer"), *to);
         }
-        cookies.for_each(|cookie| peers.remove(&cookie).expect("remove it"));
+        assert_eq!(owners(&peers), others);
+        drop(late);
+        give_all(&mut peers, 0);
         let stream = connect(services[0]);
-        assert_eq!((peers.keys().count(), stream.peer_addr().expect("its peer")), (1, services[0]));
+        assert_eq!((owners(&peers).len(), stream.peer_addr().expect("its peer")), (1, services[0]));
     });
 }
 

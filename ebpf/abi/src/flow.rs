@@ -20,6 +20,16 @@ plain! {
     }
 }
 
+/// The places that a socket with this cookie may have in the table of connected sockets. The kernel counts cookies up, so
+/// the first places of sockets that live at the same time lie side by side.
+#[inline(always)]
+pub const fn peer_places(cookie: u64) -> [u32; 2] {
+    const MASK: u64 = crate::map::PEERS_MAX as u64 - 1;
+    const { assert!(crate::map::PEERS_MAX.is_power_of_two()) };
+    let mixed = cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    [(cookie & MASK) as u32, (mixed & MASK) as u32]
+}
+
 plain! {
     /// Key of the reverse LRU: for sockets that talk to more backends than their storage remembers.
     pub struct ReverseKey = 28 {

@@ -23,7 +23,7 @@ pub use counter::{COUNTERS, Counter};
 pub use event::{Event, event_hook, event_kind};
 pub use flow::{
     Flow, FlowKey, Fragment, FragmentKey, ReverseEntry, ReverseKey, ReverseValue, answer_kind, call,
-    flow_flag, flow_timeout_s, fold, mark_of,
+    flow_flag, flow_timeout_s, fold, mark_of, peer_places,
 };
 pub use layout::Plain;
 pub use net::{

@@ -11,9 +11,12 @@ pub const SLOTS: &str = "shv_slots";
 pub const BACKENDS: &str = "shv_backends";
 /// Socket storage of [`crate::ReverseEntry`].
 pub const REVERSE_SK: &str = "shv_reverse_sk";
-/// Cookie of a TCP socket (u64) → [`crate::ReverseEntry`]: what it was connected through. An entry goes when its socket is
-/// closed.
+/// Array of [`crate::ReverseEntry`]: what TCP sockets were connected through, at one of the two places that a socket's cookie
+/// has ([`crate::peer_places`]).
 pub const PEERS: &str = "shv_peers";
+/// Array of the cookies (u64) of the sockets that have these places; 0 for nobody's. It is a map of its own so that the
+/// cookies of sockets that live at the same time lie side by side. A place is given back when its socket is closed.
+pub const PEER_OWNERS: &str = "shv_peer_owners";
 /// LRU [`crate::ReverseKey`] → [`crate::ReverseValue`].
 pub const REVERSE_LRU: &str = "shv_reverse";
 /// LRU [`crate::FlowKey`] → [`crate::Flow`].
@@ -59,6 +62,7 @@ pub const ALL: &[&str] = &[
     BACKENDS,
     REVERSE_SK,
     PEERS,
+    PEER_OWNERS,
     REVERSE_LRU,
     FLOWS,
     FRAGMENTS,
@@ -83,8 +87,8 @@ pub const FRONTENDS_MAX: usize = 262_144;
 pub const SLOTS_MAX: usize = 524_288;
 /// Backends (entries, allocated as they come).
 pub const BACKENDS_MAX: usize = 262_144;
-/// Connected TCP sockets whose peers are remembered by cookie (96 bytes each, allocated at once); those that find no room
-/// have it in their storage.
+/// Places for what connected TCP sockets remember, a power of two (48 bytes each, allocated at once). A socket whose places
+/// are taken remembers in its storage.
 pub const PEERS_MAX: usize = 65_536;
 /// Reverse entries outside socket storage.
 pub const REVERSE_MAX: usize = 32_768;

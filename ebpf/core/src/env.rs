@@ -48,10 +48,6 @@ pub trait Affinities {
 pub trait Socket {
     /// The socket's cookie, unique while the kernel runs.
     fn cookie(&self) -> u64;
-    /// The entry in the table of connected sockets.
-    fn noted(&self) -> Option<ReverseEntry>;
-    /// Writes it there; false when there is no room.
-    fn note(&self, entry: &ReverseEntry) -> bool;
     /// The entry in the socket's own storage.
     fn stored(&self) -> Option<ReverseEntry>;
     /// Writes the socket's own storage; false when the kernel has no memory for it.
@@ -60,6 +56,20 @@ pub trait Socket {
     fn reverse(&self, key: &ReverseKey) -> Option<ReverseValue>;
     /// Writes an entry of the shared LRU; false when the kernel refused.
     fn set_reverse(&self, key: &ReverseKey, value: &ReverseValue) -> bool;
+}
+
+/// The table of connected sockets.
+pub trait Peers {
+    /// The cookie of the socket that has the place; 0 for nobody's.
+    fn owner(&self, place: u32) -> u64;
+    /// Gives the socket the place if it is nobody's.
+    fn take(&self, place: u32, cookie: u64) -> bool;
+    /// Makes the place nobody's.
+    fn leave(&self, place: u32);
+    /// What is at the place.
+    fn entry(&self, place: u32) -> Option<ReverseEntry>;
+    /// Writes it there.
+    fn set_entry(&self, place: u32, entry: &ReverseEntry);
 }
 
 /// What became of an insertion that must not replace anything.

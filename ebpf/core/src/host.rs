@@ -1,7 +1,7 @@
 //! A pretended kernel for the tests. Invariant: it behaves as the maps and helpers do, including the recycled
 //! elements that a reader may meet.
 
-use crate::env::{Affinities, Socket, Table};
+use crate::env::{Affinities, Peers, Socket, Table};
 use crate::golden;
 use crate::resolve::{Caller, Destination, Resolution, resolve};
 use crate::reverse::{self, Remembered};
@@ -34,12 +34,12 @@ struct Kernel {
     members: HashMap<MemberKey, u32>,
     told: RefCell<Vec<(Counter, Address)>>,
     ranges: Vec<(u32, Address, u32)>,
-    noted: RefCell<Option<ReverseEntry>>,
+    peers: RefCell<HashMap<u32, ReverseEntry>>,
+    owners: RefCell<HashMap<u32, u64>>,
     stored: RefCell<Option<ReverseEntry>>,
     lru: RefCell<HashMap<ReverseKey, ReverseValue>>,
     now_s: Cell<u32>,
     host_socket: bool,
-    no_room: bool,
     no_storage: bool,
     flips: RefCell<Vec<(Frontend4Key, Frontend)>>,
 }
@@ -184,18 +184,31 @@ impl Table for Kernel {
     }
 }
 
+impl Peers for Kernel {
+    fn owner(&self, place: u32) -> u64 {
+        self.owners.borrow().get(&place).copied().unwrap_or(0)
+    }
+    fn take(&self, place: u32, cookie: u64) -> bool {
+        let free = self.owner(place) == 0;
+        if free {
+            self.owners.borrow_mut().insert(place, cookie);
+        }
+        free
+    }
+    fn leave(&self, place: u32) {
+        self.owners.borrow_mut().remove(&place);
+    }
+    fn entry(&self, place: u32) -> Option<ReverseEntry> {
+        self.peers.borrow().get(&place).copied()
+    }
+    fn set_entry(&self, place: u32, entry: &ReverseEntry) {
+        self.peers.borrow_mut().insert(place, *entry);
+    }
+}
+
 impl Socket for Kernel {
     fn cookie(&self) -> u64 {
         0x1_0000_0002
-    }
-    fn noted(&self) -> Option<ReverseEntry> {
-        *self.noted.borrow()
-    }
-    fn note(&self, entry: &ReverseEntry) -> bool {
-        if !self.no_room {
-            *self.noted.borrow_mut() = Some(*entry);
-        }
-        !self.no_room
     }
     fn stored(&self) -> Option<ReverseEntry> {
         *self.stored.borrow()
@@ -292,16 +305,16 @@ fn sockets_remember_whom_they_asked() {
         assert_eq!(send(&one, &b("10.244.0.1", 1), 1), Remembered::Before);
         assert_eq!(send(&two, &b("10.244.0.2", 2), 2), Remembered::Newly);
         assert_eq!(send(&two, &b("10.244.0.2", 2), 2), Remembered::Before);
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((one, 1)));
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 9, PROTO_UDP)), Some((two, 2)));
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 10, PROTO_UDP)), None);
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.2", 10, PROTO_UDP)), None);
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.3", 9, PROTO_UDP)), None);
+        assert_eq!(reverse::recall(&kernel, &kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((one, 1)));
+        assert_eq!(reverse::recall(&kernel, &kernel, &to("10.244.0.2", 9, PROTO_UDP)), Some((two, 2)));
+        assert_eq!(reverse::recall(&kernel, &kernel, &to("10.244.0.1", 10, PROTO_UDP)), None);
+        assert_eq!(reverse::recall(&kernel, &kernel, &to("10.244.0.2", 10, PROTO_UDP)), None);
+        assert_eq!(reverse::recall(&kernel, &kernel, &to("10.244.0.3", 9, PROTO_UDP)), None);
         // The same backend through another service: the last one that was asked.
         assert_eq!(send(&two, &b("10.244.0.1", 1), 2), Remembered::Newly);
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((two, 2)));
-        assert!(reverse::remember_peer(&kernel, &one, &b("10.244.0.9", 9), 1));
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.9", 9, PROTO_UDP)), Some((one, 1)));
+        assert_eq!(reverse::recall(&kernel, &kernel, &to("10.244.0.1", 9, PROTO_UDP)), Some((two, 2)));
+        assert!(reverse::remember_peer(&kernel, &kernel, &one, &b("10.244.0.9", 9), 1));
+        assert_eq!(reverse::recall(&kernel, &kernel, &to("10.244.0.9", 9, PROTO_UDP)), Some((one, 1)));
     }
 }
 
@@ -311,19 +324,31 @@ fn a_connection_is_remembered_where_there_is_room() {
     let (one, two) = (to("10.96.0.1", 80, PROTO_TCP), to("10.96.0.2", 80, PROTO_TCP));
     let b = Backend { addr: address("10.244.0.1"), id: 1, port: 9_u16.to_be(), proto: PROTO_TCP, flags: 0 };
     let peer = to("10.244.0.1", 9, PROTO_TCP);
-    for (no_room, no_storage) in [(false, false), (true, false), (true, true)] {
-        (kernel.no_room, kernel.no_storage) = (no_room, no_storage);
-        *kernel.noted.borrow_mut() = None;
+    let cookie = kernel.cookie();
+    let places = peer_places(cookie);
+    for (taken, no_storage) in [(0, false), (1, false), (2, false), (2, true)] {
+        kernel.no_storage = no_storage;
         *kernel.stored.borrow_mut() = None;
         kernel.lru.borrow_mut().clear();
-        assert_eq!(reverse::recall(&kernel, &peer), None);
+        *kernel.owners.borrow_mut() = places[..taken].iter().map(|place| (*place, 7)).collect();
+        assert_eq!(reverse::recall(&kernel, &kernel, &peer), None);
         for (asked, service) in [(one, 1), (two, 2)] {
-            assert!(reverse::remember_peer(&kernel, &asked, &b, service));
-            assert_eq!(reverse::recall(&kernel, &peer), Some((asked, service)));
+            assert!(reverse::remember_peer(&kernel, &kernel, &asked, &b, service));
+            assert_eq!(reverse::recall(&kernel, &kernel, &peer), Some((asked, service)));
         }
-        assert_eq!(reverse::recall(&kernel, &to("10.244.0.1", 10, PROTO_TCP)), None);
-        assert_eq!(kernel.noted.borrow().is_some(), !no_room);
-        assert_eq!(kernel.stored.borrow().is_some(), no_room && !no_storage);
+        assert_eq!(reverse::recall(&kernel, &kernel, &to("10.244.0.1", 10, PROTO_TCP)), None);
+        assert_eq!(kernel.stored.borrow().is_some(), taken == 2 && !no_storage);
+        let owners = || places.map(|place| kernel.owner(place));
+        assert_eq!(owners(), [[cookie, 0], [7, cookie], [7, 7], [7, 7]][taken]);
+        if taken == 1 {
+            // The first place is free by now, when it is connected again.
+            kernel.leave(places[0]);
+            assert!(reverse::remember_peer(&kernel, &kernel, &one, &b, 1));
+            assert_eq!(reverse::recall(&kernel, &kernel, &peer), Some((one, 1)));
+            assert_eq!(owners(), [cookie, cookie]);
+        }
+        reverse::forget(&kernel, cookie);
+        assert_eq!(owners(), [[0, 0], [0, 0], [7, 7], [7, 7]][taken]);
     }
 }
 

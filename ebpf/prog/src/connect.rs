@@ -27,7 +27,7 @@ fn connect(call: &Call<'_>, asked: Option<Destination>, set: impl Fn(&Address, u
         Ok(found) => found,
         Err(verdict) => return verdict,
     };
-    if !reverse::remember_peer(call, &asked, &backend, service) {
+    if !reverse::remember_peer(call, &Maps, &asked, &backend, service) {
         return refuse_unremembered(&asked, event_hook::CONNECT);
     }
     if set(&backend.addr, backend.port) {

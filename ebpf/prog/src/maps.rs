@@ -6,15 +6,15 @@ use aya_ebpf::{
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SkStorage},
     macros::btf_map,
 };
-use core::ptr::read_volatile;
+use core::ptr::{read_volatile, write_volatile};
 use sheave_ebpf_abi::{
     Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey,
     Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable, MemberKey, Plain, ReverseEntry,
     ReverseKey, ReverseValue, Slot, answer_kind, call, map,
 };
 use sheave_ebpf_core::balance::Work;
-use sheave_ebpf_core::env::{Affinities, Table};
-use sheave_ebpf_kernel::value::copy;
+use sheave_ebpf_core::env::{Affinities, Peers, Table};
+use sheave_ebpf_kernel::value::{claim, copy, replace};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -29,7 +29,9 @@ static BACKENDS: HashMap<u32, Backend, { map::BACKENDS_MAX }, ON_DEMAND> = HashM
 #[btf_map(name = "shv_reverse_sk")]
 pub static REVERSE_SK: SkStorage<ReverseEntry> = SkStorage::new();
 #[btf_map(name = "shv_peers")]
-pub static PEERS: HashMap<u64, ReverseEntry, { map::PEERS_MAX }> = HashMap::new();
+static PEERS: Array<ReverseEntry, { map::PEERS_MAX }> = Array::new();
+#[btf_map(name = "shv_peer_owners")]
+static PEER_OWNERS: Array<u64, { map::PEERS_MAX }> = Array::new();
 #[btf_map(name = "shv_reverse")]
 pub static REVERSE_LRU: LruHashMap<ReverseKey, ReverseValue, { map::REVERSE_MAX }> = LruHashMap::new();
 #[btf_map(name = "shv_flows")]
@@ -164,5 +166,39 @@ impl Affinities for Maps {
     #[inline(always)]
     fn member(&self, key: &MemberKey) -> Option<u32> {
         MEMBERS.get_ptr(key).map(copy)
+    }
+}
+
+impl Peers for Maps {
+    #[inline(always)]
+    fn owner(&self, place: u32) -> u64 {
+        // SAFETY: the element of an array stays, and a word is read at once.
+        PEER_OWNERS.get_ptr(place).map_or(0, |owner| unsafe { read_volatile(owner) })
+    }
+
+    #[inline(always)]
+    fn take(&self, place: u32, cookie: u64) -> bool {
+        // SAFETY: the element of an array stays, and is aligned to 8.
+        PEER_OWNERS.get_ptr_mut(place).is_some_and(|owner| unsafe { claim(owner, cookie) })
+    }
+
+    #[inline(always)]
+    fn leave(&self, place: u32) {
+        if let Some(owner) = PEER_OWNERS.get_ptr_mut(place) {
+            // SAFETY: the element of an array stays, and a word is written at once.
+            unsafe { write_volatile(owner, 0) };
+        }
+    }
+
+    #[inline(always)]
+    fn entry(&self, place: u32) -> Option<ReverseEntry> {
+        PEERS.get_ptr(place).map(copy)
+    }
+
+    #[inline(always)]
+    fn set_entry(&self, place: u32, entry: &ReverseEntry) {
+        if let Some(held) = PEERS.get_ptr_mut(place) {
+            replace(held, entry);
+        }
     }
 }

@@ -40,7 +40,7 @@ fn show(
     set: impl Fn(&Address, u16) -> bool,
 ) -> i32 {
     let Some(peer) = peer else { return ALLOW };
-    let Some((asked, service)) = reverse::recall(call, &peer) else { return ALLOW };
+    let Some((asked, service)) = reverse::recall(call, &Maps, &peer) else { return ALLOW };
     // A connection was made through the service for good; a datagram may come long after the service has gone.
     if counter == Counter::Recvmsg && !is_current(&Maps, &asked, service) {
         Maps.count(Counter::RecvmsgStale);

@@ -1,12 +1,13 @@
 //! close(2) of the last descriptor of a socket. Invariant: what is remembered of a TCP connection lives as long as its socket.
 
-use crate::maps::PEERS;
+use crate::maps::Maps;
 use crate::sock::ALLOW;
 use aya_ebpf::{
     EbpfContext as _, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock, programs::SockContext,
 };
 use core::ptr::{addr_of, read_volatile};
 use sheave_ebpf_abi::PROTO_UDP;
+use sheave_ebpf_core::reverse;
 
 #[cgroup_sock(sock_release)]
 pub fn shv_release(ctx: SockContext) -> i32 {
@@ -16,9 +17,6 @@ pub fn shv_release(ctx: SockContext) -> i32 {
     }
     // SAFETY: the context is valid for the whole program.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // Most sockets have none, and to remove nothing takes a lock.
-    if PEERS.get_ptr(&cookie).is_some() {
-        let _ = PEERS.remove(&cookie);
-    }
+    reverse::forget(&Maps, cookie);
     ALLOW
 }

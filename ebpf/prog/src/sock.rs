@@ -2,7 +2,7 @@
 //! verifier takes for these fields on all kernels.
 
 use crate::event::tell;
-use crate::maps::{self, PEERS, REVERSE_LRU, REVERSE_SK};
+use crate::maps::{self, REVERSE_LRU, REVERSE_SK};
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock_addr,
@@ -214,16 +214,6 @@ impl Socket for Call<'_> {
     fn cookie(&self) -> u64 {
         // SAFETY: the context is valid for the whole program.
         unsafe { bpf_get_socket_cookie(self.ctx.as_ptr()) }
-    }
-
-    #[inline(always)]
-    fn noted(&self) -> Option<ReverseEntry> {
-        PEERS.get_ptr(&self.cookie()).map(copy)
-    }
-
-    #[inline(always)]
-    fn note(&self, entry: &ReverseEntry) -> bool {
-        PEERS.insert(&self.cookie(), entry, 0).is_ok()
     }
 
     #[inline(always)]

@@ -39,3 +39,28 @@ pub fn replace<T: Plain>(place: *mut T, value: &T) {
         word += 1;
     }
 }
+
+/// Writes `new` where there is 0, at once; false where there was something else.
+///
+/// # Safety
+/// `place` points into a map value that the kernel keeps writable until the program ends, and is aligned to 8.
+#[inline(always)]
+pub unsafe fn claim(place: *mut u64, new: u64) -> bool {
+    // SAFETY: as the caller promises. The instruction is in the kernel since 5.12, and `core` has none for this target.
+    #[cfg(target_arch = "bpf")]
+    unsafe {
+        let was: u64;
+        core::arch::asm!(
+            "r0 = cmpxchg_64({place} + 0, r0, {new})",
+            place = in(reg) place,
+            new = in(reg) new,
+            inout("r0") 0_u64 => was,
+        );
+        was == 0
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    unsafe {
+        use core::sync::atomic::{AtomicU64, Ordering::SeqCst};
+        AtomicU64::from_ptr(place).compare_exchange(0, new, SeqCst, SeqCst).is_ok()
+    }
+}

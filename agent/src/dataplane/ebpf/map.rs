@@ -53,7 +53,8 @@ pub(super) const SHAPES: &[Shape] = &[
     shape::<u32, abi::Slot>(map::SLOTS, kind::ARRAY, 0),
     shape::<u32, abi::Backend>(map::BACKENDS, kind::HASH, NO_PREALLOC),
     shape::<u32, abi::ReverseEntry>(map::REVERSE_SK, kind::SK_STORAGE, NO_PREALLOC),
-    shape::<u64, abi::ReverseEntry>(map::PEERS, kind::HASH, 0),
+    shape::<u32, abi::ReverseEntry>(map::PEERS, kind::ARRAY, 0),
+    shape::<u32, u64>(map::PEER_OWNERS, kind::ARRAY, 0),
     shape::<abi::ReverseKey, abi::ReverseValue>(map::REVERSE_LRU, kind::LRU_HASH, 0),
     shape::<abi::FlowKey, abi::Flow>(map::FLOWS, kind::LRU_HASH, 0),
     shape::<abi::FragmentKey, abi::Fragment>(map::FRAGMENTS, kind::LRU_HASH, 0),
@@ -256,7 +257,6 @@ pub(super) fn pressure(dir: &Path) -> Vec<Pressure> {
     let counted = [
         Map::<abi::FlowKey, abi::Flow>::open(dir, map::FLOWS).and_then(|map| map.pressure()),
         Map::<abi::AffinityKey, abi::Affinity>::open(dir, map::AFFINITY).and_then(|map| map.pressure()),
-        Map::<u64, abi::ReverseEntry>::open(dir, map::PEERS).and_then(|map| map.pressure()),
         Map::<abi::ReverseKey, abi::ReverseValue>::open(dir, map::REVERSE_LRU).and_then(|map| map.pressure()),
     ];
     let told = |error: DataplaneError| {
