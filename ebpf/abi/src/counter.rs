@@ -53,8 +53,6 @@ counters! {
     NoLocalEndpoints = 12, "no_local_endpoints", true;
     /// A flow entry could not be stored.
     FlowFull = 13, "flow_full", true;
-    /// All tried backends already talk to the same client address and port through another address of a service.
-    FlowCollision = 14, "flow_collision", true;
     /// A packet's headers were cut short or malformed; it was left to the stack.
     BadHeader = 15, "bad_header", false;
     /// A fragment came before the first one of its packet, which tells the ports; it was left to the stack.

@@ -127,7 +127,7 @@ impl Default for Work {
 pub(crate) const PASS: Stage = Stage::Done(Verdict::Pass);
 pub(crate) const DROP: Stage = Stage::Done(Verdict::Drop);
 
-/// Backends tried for a tuple that another connection occupies, or while the table changes.
+/// Backends tried while the table changes.
 const PICKS: u32 = 3;
 /// Ports tried for a masqueraded connection, the client's own among them.
 const PORTS: u32 = 24;
@@ -441,8 +441,8 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
         flow::end(env, work);
     }
     let placed = match find(env, work, scope, link) {
-        Ok(true) => masquerade(env, work),
-        Ok(false) => Ok(()),
+        Ok(Source::Client) => Ok(()),
+        Ok(other) => disguise(env, work, other),
         Err(counter) => Err(counter),
     };
     if let Err(counter) = placed {
@@ -508,15 +508,26 @@ fn choose<E: Table + Affinities>(
     Some((backend, env.member(&member).is_some_and(|flags| flags & member_flag::LOCAL != 0)))
 }
 
-/// Sees to the client's entry: one with a backend that was picked already, or with one that is picked now. Tells whether
-/// the client must be masqueraded, who is not yet then.
+/// What a backend sees as its client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// The client.
+    Client,
+    /// The client's address and a port of our choice.
+    ClientAddress,
+    /// An address of this node and a port of our choice.
+    Node,
+}
+
+/// Sees to the client's entry: one with a backend that was picked already, or with one that is picked now. Tells what its
+/// source is to be, which it has already only where that is the client.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn find<E: Table + Affinities + Flows + Node>(
     env: &E,
     work: &mut Work,
     scope: Scope,
     link: Link,
-) -> Result<bool, Counter> {
+) -> Result<Source, Counter> {
     if matches!(link, Link::Tunnel) {
         return match resolve::backend_at(env, work.frontend.service, work.slot) {
             Some(backend) if backend.addr == work.outer[1] => {
@@ -528,19 +539,15 @@ fn find<E: Table + Affinities + Flows + Node>(
     }
     let mut entropy = tuple_hash(&work.headers);
     let mut attempt = 0;
-    let mut why = Counter::StaleSlot;
     while attempt < PICKS {
         let chosen = choose(env, work, scope, attempt, entropy);
         attempt += 1;
         entropy = select::mix(u64::from(entropy) + 1);
         let Some((backend, local)) = chosen else { continue };
         assign(work, &backend);
-        match place(env, work, local, link) {
-            Err(Counter::FlowCollision) => why = Counter::FlowCollision,
-            done => return done,
-        }
+        return place(env, work, local, link);
     }
-    Err(why)
+    Err(Counter::StaleSlot)
 }
 
 /// Makes the client's entry one that leads to the backend, its source kept.
@@ -560,28 +567,27 @@ fn assign(work: &mut Work, backend: &Backend) {
     };
 }
 
-/// Takes the tuple of the answers of the flow in `work` when the client's own address is kept and they come by this node.
-/// Tells whether the client must be masqueraded.
+/// Takes the tuple of the answers of the flow in `work` when its source is the client and they come by this node. Tells
+/// what the source is to be.
 #[inline(always)]
-fn place<E: Table + Flows>(env: &E, work: &mut Work, local: bool, link: Link) -> Result<bool, Counter> {
+fn place<E: Table + Flows>(env: &E, work: &mut Work, local: bool, link: Link) -> Result<Source, Counter> {
     if !local
         && work.frontend.flags & frontend_flag::DSR != 0
         && matches!(link, Link::Uplink)
         && !must_masquerade(env, work, true, link)
     {
         work.flow.flags = flow_flag::TUNNEL;
-        return Ok(false);
+        return Ok(Source::Client);
     }
     // The stack would not deliver a packet from this node's address to this node.
     let here = env.is_node_address(&work.flow.dst);
     if !here && must_masquerade(env, work, local, link) {
-        return Ok(true);
+        return Ok(Source::Node);
     }
     match flow::take(env, work, true) {
-        Claim::Stored => Ok(false),
+        Claim::Stored => Ok(Source::Client),
         // The same client port through another address of a service: a port of ours tells them apart.
-        Claim::Taken if !here => Ok(true),
-        Claim::Taken => Err(Counter::FlowCollision),
+        Claim::Taken => Ok(Source::ClientAddress),
         Claim::Refused => Err(Counter::FlowFull),
     }
 }
@@ -607,18 +613,22 @@ pub(crate) fn source<E: Table>(env: &E, headers: &Headers) -> Option<Address> {
     if first.words[3] == 0 && first.words[0] == 0 { None } else { Some(first) }
 }
 
-/// Gives the client's entry an address of this node as its source, with a port that nobody has towards the backend.
-/// Ports are tried in an order that the tuple gives, so that two processors with the same packet take the same one.
+/// Gives the client's entry another source: an address of this node, or only another port, that nobody has towards the
+/// backend. Ports are tried in an order that the tuple gives, so that two processors with the same packet take the same one.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn masquerade<E: Table + Flows + Node>(env: &E, work: &mut Work) -> Result<(), Counter> {
+fn disguise<E: Table + Flows + Node>(env: &E, work: &mut Work, as_whom: Source) -> Result<(), Counter> {
     let Some(config) = env.config() else { return Err(Counter::NoNodeAddress) };
-    match source(env, &work.headers) {
-        Some(src) => work.flow.src = src,
-        None => return Err(Counter::NoNodeAddress),
+    let as_node = as_whom == Source::Node;
+    if as_node {
+        match source(env, &work.headers) {
+            Some(src) => work.flow.src = src,
+            None => return Err(Counter::NoNodeAddress),
+        }
+        work.flow.flags |= flow_flag::SNAT;
     }
-    work.flow.flags |= flow_flag::SNAT;
     let mut seed = tuple_hash(&work.headers);
-    let mut attempt = 0;
+    // The client's own port comes first, unless that is what is taken.
+    let mut attempt = u32::from(!as_node);
     while attempt < PORTS {
         if attempt != 0 {
             seed = select::mix(u64::from(seed) << 8 | u64::from(attempt));
@@ -629,7 +639,7 @@ fn masquerade<E: Table + Flows + Node>(env: &E, work: &mut Work) -> Result<(), C
         }
         attempt += 1;
         flow::turn(work);
-        if work.flow.sport == 0 || env.has_socket(&work.other_key) {
+        if work.flow.sport == 0 || as_node && env.has_socket(&work.other_key) {
             continue;
         }
         match flow::take(env, work, false) {
@@ -639,6 +649,12 @@ fn masquerade<E: Table + Flows + Node>(env: &E, work: &mut Work) -> Result<(), C
         }
     }
     Err(Counter::PortsExhausted)
+}
+
+/// The first port of those in `config` that a flow is given whose client keeps its address, in host order.
+#[cfg(not(target_arch = "bpf"))]
+pub fn first_other_port(config: &Config, headers: &Headers) -> u16 {
+    u16::from_be(port(config, 1, select::mix(u64::from(tuple_hash(headers)) << 8 | 1)))
 }
 
 /// Whether the port, in network order, is one that the kernel gives to this node's sockets.

@@ -2,6 +2,9 @@
 //! built with checksums computed in full, never by the code under test. Used by this crate's tests on the host and by
 //! the prog suite for the loaded programs.
 
+use sheave_ebpf_abi::{Address, Config, PROTO_TCP, PROTO_UDP, Plain as _};
+use sheave_ebpf_core::balance::first_other_port;
+use sheave_ebpf_core::packet::{self, Headers};
 use std::net::IpAddr;
 use std::vec::Vec;
 
@@ -419,6 +422,31 @@ fn reversed(frame: Frame) -> Frame {
     Frame { src: frame.dst, dst: frame.src, l4, ..frame }
 }
 
+/// Ports for flows whose source changes.
+pub const SNAT_PORTS: (u16, u16) = (61_000, 65_535);
+
+/// The port that a flow gets which begins with this frame, and whose own one is in use.
+fn other_port(frame: &Frame) -> u16 {
+    let at = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => Address::v4(u32::from_ne_bytes(ip.octets())),
+        IpAddr::V6(ip) => {
+            let word = |n: usize| u32::from_ne_bytes(core::array::from_fn(|i| ip.octets()[4 * n + i]));
+            Address::v6([word(0), word(1), word(2), word(3)])
+        }
+    };
+    let proto = if let L4::Tcp(_) = frame.l4 { PROTO_TCP } else { PROTO_UDP };
+    let headers = Headers {
+        src: at(frame.src.0),
+        dst: at(frame.dst.0),
+        sport: frame.src.1.to_be(),
+        dport: frame.dst.1.to_be(),
+        proto,
+        ..packet::NOTHING
+    };
+    let (snat_port_min, snat_port_max) = SNAT_PORTS;
+    first_other_port(&Config { snat_port_min, snat_port_max, ..Config::zeroed() }, &headers)
+}
+
 /// To the endpoint of this node and back, the client's address kept.
 fn local(p: &Place) -> Vec<Step> {
     use Hook::{Egress, Ingress};
@@ -685,11 +713,16 @@ fn errors_masqueraded(p: &Place) -> Vec<Step> {
 fn endings(p: &Place) -> Vec<Step> {
     use Hook::{Egress, Ingress};
     let mut steps = Vec::new();
-    // The client's port towards the endpoint is taken by another address of a service: a port of the node's instead.
+    // The client's port towards the endpoint is taken by another address of a service: a port of ours instead.
     let again = Frame::new((p.client, 20_001), (p.node, PORT_SAME_POD), L4::Udp);
-    let nat = Frame::new((p.node, 20_001), (p.pod, PORT_POD), L4::Udp);
-    steps.push(redirect("tuple in use", Ingress, again, nat));
-    steps.push(redirect("tuple in use", Hook::PodIngress, reversed(nat), reversed(again)));
+    let other = Frame::new((p.client, other_port(&again)), (p.pod, PORT_POD), L4::Udp);
+    steps.push(pass("tuple in use", Ingress, again, other));
+    steps.push(pass("tuple in use", Egress, reversed(other), reversed(again)));
+    let what = if p.v4() { [3, 3] } else { [1, 4] };
+    let about = error(p.pod, other.src.0, what, other, None);
+    let ours = error(p.node, again.src.0, what, again, None);
+    let output = Out::Pass(ours.bytes());
+    steps.push(Step { name: "an error about it", hook: Egress, input: about.bytes(), output });
     let there = |flags| Frame::new((p.client, 20_000), (p.node, PORT_LOCAL), L4::Tcp(flags));
     let dnat = |flags| Frame::new((p.client, 20_000), (p.pod, PORT_POD), L4::Tcp(flags));
     let turn = |frame: Frame| Frame { l4: frame.l4, ..reversed(frame) };
@@ -721,8 +754,8 @@ fn endings(p: &Place) -> Vec<Step> {
     let by_other = |flags| Frame::new((p.client, 20_000), (p.node, PORT_SAME_POD), L4::Tcp(flags));
     steps.push(pass("tuple of one that ended", Ingress, by_other(SYN), dnat(SYN)));
     steps.push(pass("tuple of one that ended", Egress, turn(dnat(SYN)), turn(by_other(SYN))));
-    let late = Frame::new((p.node, 20_000), (p.pod, PORT_POD), L4::Tcp(ACK));
-    steps.push(redirect("late, of one that ended", Ingress, there(ACK), late));
+    let late = Frame::new((p.client, other_port(&there(ACK))), (p.pod, PORT_POD), L4::Tcp(ACK));
+    steps.push(pass("late, of one that ended", Ingress, there(ACK), late));
     steps.push(pass("and the new one goes on", Egress, turn(dnat(ACK)), turn(by_other(ACK))));
     // This node itself uses the port that a masqueraded connection had.
     let there = |flags| Frame::new((p.client, 20_010), (p.node, PORT_REMOTE), L4::Tcp(flags));

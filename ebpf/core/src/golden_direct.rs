@@ -2,8 +2,8 @@
 
 use super::{
     ACK, Frame, Hook, Icmp, L4, MORE, Out, PORT_DIRECT, PORT_DIRECT_LOCAL, PORT_LOCAL, PORT_POD,
-    PORT_SERVICE, Place, REMOTE_MTU, RST, SYN, Step, answered, error, ethernet, internet_checksum, pass,
-    redirect, reversed,
+    PORT_SERVICE, Place, REMOTE_MTU, RST, SYN, Step, answered, error, ethernet, internet_checksum,
+    other_port, pass, redirect, reversed,
 };
 use std::net::IpAddr;
 use std::vec::Vec;
@@ -143,7 +143,7 @@ fn came(p: &Place, name: &'static str, inner: &[u8], output: Out) -> Step {
 
 /// To the endpoint of this node, and its answers.
 pub(super) fn received(p: &Place) -> Vec<Step> {
-    use Hook::{Egress, PodIngress};
+    use Hook::Egress;
     let mut steps = Vec::new();
     let what = if p.v4() { [3, 4] } else { [2, 0] };
     let taken = |name, there: Frame, dnat: Frame| came(p, name, &there.bytes(), Out::Pass(dnat.bytes()));
@@ -176,12 +176,11 @@ pub(super) fn received(p: &Place) -> Vec<Step> {
     steps.push(came(p, "later fragment first", &later(there).bytes(), Out::Pass(alone)));
     steps.push(taken("first fragment sent on to us", first(there), first(dnat)));
     steps.push(taken("later fragment sent on to us", later(there), later(dnat)));
-    // The same client port through the other address of the service: a port of the node's tells them apart.
+    // The same client port through the other address of the service: a port of ours tells them apart.
     let again = Frame::new((p.client, 22_001), (p.direct, PORT_SERVICE), L4::Udp);
-    let nat = Frame::new((p.node, 22_001), (p.pod, PORT_POD), L4::Udp);
-    let output = Out::Redirect(nat.passed().bytes());
-    steps.push(came(p, "tuple in use", &again.bytes(), output));
-    steps.push(redirect("tuple in use", PodIngress, reversed(nat), reversed(again)));
+    let other = Frame::new((p.client, other_port(&again)), (p.pod, PORT_POD), L4::Udp);
+    steps.push(taken("tuple in use", again, other));
+    steps.push(pass("tuple in use", Egress, reversed(other), reversed(again)));
     let stranger = Frame::new((p.stranger, 22_003), (p.direct, PORT_SERVICE), L4::Udp);
     steps.push(came(p, "sent on, outside of the source ranges", &stranger.bytes(), Out::Drop));
     let own = Frame::new((p.node, 22_003), (p.other_node, PORT_DIRECT_LOCAL), L4::Udp);

@@ -41,6 +41,7 @@ struct Kernel {
     now_s: Cell<u32>,
     host_socket: bool,
     no_storage: bool,
+    snat_ports: (u16, u16),
     flips: RefCell<Vec<(Frontend4Key, Frontend)>>,
 }
 
@@ -172,8 +173,8 @@ impl Table for Kernel {
             node6: address(golden::PLACES[1].node),
             local_port_min: 32_768,
             local_port_max: 60_999,
-            snat_port_min: 61_000,
-            snat_port_max: 61_003,
+            snat_port_min: self.snat_ports.0,
+            snat_port_max: self.snat_ports.1,
             snat_more_min: 10_000,
             snat_more_max: 10_001,
             ..Config::zeroed()

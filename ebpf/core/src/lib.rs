@@ -21,6 +21,9 @@ pub mod tunnel;
 
 #[cfg(test)]
 extern crate std;
+// The golden frames belong to another crate as well.
+#[cfg(test)]
+extern crate self as sheave_ebpf_core;
 
 #[cfg(test)]
 pub mod golden;
