@@ -349,6 +349,12 @@ pub(crate) struct ServiceFlags {
     #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) pod_link: Vec<String>,
+    /// Balance at their devices what pods send to services past the socket hooks, as virtual machines in pods and raw
+    /// sockets do; every packet of a pod is looked at then (data plane ebpf) [default: false where this agent runs the
+    /// pods, else true]
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) pod_packets: Option<bool>,
     /// Entries of eBPF maps: frontends, slots, backends, flows (two a connection), affinity, members, ranges, maglevs.
     /// A map that is in use grows with its content and never shrinks [default: flows a 512th of memory, slots and
     /// affinity a 4096th each, the others fixed]

@@ -215,6 +215,7 @@ pub fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneC
     DataplaneConfig {
         mode: services.data_plane,
         pod_links: pod_links(config),
+        pod_packets: services.pod_packets.unwrap_or_else(|| !config.does(Component::Pods)),
         node_port_addresses: services.node_port_addresses.clone(),
         masquerade_all: services.masquerade_all,
         xdp: services.xdp,

@@ -32,6 +32,7 @@ pub(super) fn set(config: &mut AgentConfig, flags: &ServiceFlags) -> Result<()> 
         })?;
     }
     services.pod_links.clone_from(&flags.pod_link);
+    services.pod_packets = flags.pod_packets;
     services.map_sizes = map_sizes(&flags.service_map_sizes)?;
     set_if(&mut services.proxy_health_listen, flags.proxy_health_listen);
     Ok(())

@@ -126,9 +126,12 @@ pub struct DataplaneConfig {
     /// Ethernet devices on which traffic arrives from outside: clients of NodePorts and load balancers, and answers of
     /// backends on other nodes.
     pub uplinks: Vec<String>,
-    /// Beginnings of the names of pods' host-side devices: packets that pods send to a service without having been
-    /// translated at the socket are balanced there. Devices that come later are found by the repair timer.
+    /// Beginnings of the names of pods' host-side devices. Devices that come later are found by the repair timer.
     pub pod_links: Vec<String>,
+    /// Whether packets that pods send to a service without having been translated at the socket are balanced at these
+    /// devices: those of virtual machines and of raw sockets. It is done whatever this says where `masquerade_all` wants the
+    /// answers of pods to be seen there.
+    pub pod_packets: bool,
     /// Name of this node, by which endpoints are local.
     pub node_name: String,
     /// Addresses of this node in addition to those found on its interfaces; the first of each family is primary.
@@ -164,6 +167,7 @@ impl Default for DataplaneConfig {
             cgroup_path: None,
             uplinks: Vec::new(),
             pod_links: Vec::new(),
+            pod_packets: true,
             node_name: String::new(),
             node_ips: Vec::new(),
             pod_cidrs: Vec::new(),

@@ -24,6 +24,9 @@ pub struct ServiceSettings {
     pub ipvs_scheduler: IpvsScheduler,
     /// Beginnings of the names of pods' host-side devices beside those that this agent makes.
     pub pod_links: Vec<String>,
+    /// Whether packets of pods are balanced at their devices too; `None` is false where this agent runs the pods, whose
+    /// sockets it serves all, else true.
+    pub pod_packets: Option<bool>,
     /// Entries of the eBPF maps, where they are not to follow from the host's memory.
     pub map_sizes: MapEntries,
     /// What is done about rules that a kube-proxy left on the host.
@@ -41,6 +44,7 @@ impl Default for ServiceSettings {
             xdp: false,
             ipvs_scheduler: IpvsScheduler::Rr,
             pod_links: Vec::new(),
+            pod_packets: None,
             map_sizes: MapEntries::default(),
             kube_proxy_leftovers: KubeProxyLeftovers::default(),
             proxy_health_listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 10256)),

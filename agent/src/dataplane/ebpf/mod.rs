@@ -322,7 +322,11 @@ impl EbpfDataplane {
                 return Ok(false);
             }
         }
-        for (name, hooks) in self.devices()? {
+        let devices = self.devices()?;
+        if !uplink::others(&self.dir, &devices).is_empty() {
+            return Ok(false);
+        }
+        for (name, hooks) in devices {
             if !uplink::is_attached(&self.dir, &name, hooks, Order::Services)? {
                 return Ok(false);
             }
@@ -338,7 +342,8 @@ impl EbpfDataplane {
     /// The devices that programs belong at. An uplink is nothing else, whatever its name begins with.
     fn devices(&self) -> Result<Vec<(String, &'static [DeviceHook])>, DataplaneError> {
         let uplinks = &self.settings.uplinks;
-        let pods = uplink::named(&self.settings.pod_links)?;
+        let at_pods = self.settings.pod_packets || self.settings.masquerade_all;
+        let pods = if at_pods { uplink::named(&self.settings.pod_links)? } else { Vec::new() };
         let pods = pods.into_iter().filter(|name| !uplinks.contains(name)).map(|name| (name, POD_HOOKS));
         Ok(uplinks.iter().map(|name| (name.clone(), UPLINK_HOOKS)).chain(pods).collect())
     }
@@ -500,6 +505,7 @@ impl Dataplane for EbpfDataplane {
         }
         xdp::detach_others(&dir, &in_xdp)?;
         uplink::forget_gone(&dir)?;
+        uplink::detach_others(&dir, &devices, Order::Services)?;
         self.maps.config.put(&0, &Config { object_digest: digest, ..held })?;
         for other in link::other_versions(&self.dir) {
             remove_version(&other).into_iter().for_each(|error| {

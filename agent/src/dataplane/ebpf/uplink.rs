@@ -196,25 +196,60 @@ fn keep(classifier: &mut SchedClassifier, id: tc::SchedClassifierLinkId) -> io::
     Ok(())
 }
 
+/// Pins of programs at devices that are there and none of `devices`.
+pub(super) fn others(dir: &Path, devices: &[(String, &'static [DeviceHook])]) -> Vec<PathBuf> {
+    let wanted: Vec<u32> = devices.iter().filter_map(|(name, _)| index(name).ok()).collect();
+    let entries = fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries
+        .filter(|path| {
+            let file = path.file_name().unwrap_or_default().to_string_lossy();
+            let mut parts = file.split('_');
+            let (Some("tcx" | "clsact"), Some(Ok(index))) = (parts.next(), parts.next().map(str::parse))
+            else {
+                return false;
+            };
+            !wanted.contains(&index) && super::device_name(index).is_some()
+        })
+        .collect()
+}
+
+/// Takes the programs off devices that are none of `devices`, as after a change of settings.
+pub(super) fn detach_others(
+    dir: &Path,
+    devices: &[(String, &'static [DeviceHook])],
+    order: Order,
+) -> Result<(), DataplaneError> {
+    for path in others(dir, devices) {
+        match sys::obj_get(&path).and_then(|link| sys::link_detach(link.as_fd())) {
+            Ok(()) => {}
+            // The pin is a filter's mark and no link.
+            Err(_) => detach_filter(&path, order)?,
+        }
+        link::unlink(&path)?;
+    }
+    Ok(())
+}
+
 /// Removes our clsact filters that pins in `dir` tell of. Devices that are gone took theirs with them.
 pub(super) fn detach_clsact(dir: &Path, order: Order) -> Vec<DataplaneError> {
-    let mut errors = Vec::new();
-    for entry in fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten() {
-        let file = entry.file_name().to_string_lossy().into_owned();
-        let mut parts = file.split('_');
-        let (Some("clsact"), Some(index), Some(direction)) = (parts.next(), parts.next(), parts.next())
-        else {
-            continue;
-        };
-        let name = index.parse().ok().and_then(|index| nix::net::if_::if_indextoname(index).ok());
-        let Some(name) = name.and_then(|name| name.into_string().ok()) else { continue };
-        let priority = priority(order, direction);
-        let removed = SchedClassifierLink::attached(&name, attach_type(direction), priority, HANDLE, None)
-            .map_err(|source| (is_gone(&source), source))
-            .and_then(|held| held.detach().map_err(|e| (is_gone(&e), io::Error::other(e))));
-        if let Err((false, source)) = removed {
-            errors.push(DataplaneError::Attach { hook: file, source });
-        }
+    let entries = fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten();
+    entries.filter_map(|entry| detach_filter(&entry.path(), order).err()).collect()
+}
+
+/// Removes the clsact filter that a pin tells of, if it is one that does.
+fn detach_filter(pin: &Path, order: Order) -> Result<(), DataplaneError> {
+    let file = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut parts = file.split('_');
+    let (Some("clsact"), Some(index), Some(direction)) = (parts.next(), parts.next(), parts.next()) else {
+        return Ok(());
+    };
+    let Some(name) = index.parse().ok().and_then(super::device_name) else { return Ok(()) };
+    let priority = priority(order, direction);
+    let removed = SchedClassifierLink::attached(&name, attach_type(direction), priority, HANDLE, None)
+        .map_err(|source| (is_gone(&source), source))
+        .and_then(|held| held.detach().map_err(|e| (is_gone(&e), io::Error::other(e))));
+    match removed {
+        Err((false, source)) => Err(DataplaneError::Attach { hook: file, source }),
+        _ => Ok(()),
     }
-    errors
 }
