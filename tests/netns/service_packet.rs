@@ -261,6 +261,59 @@ fn service_packet_remote_and_local_endpoints_by_every_kind_of_address() {
     );
 }
 
+/// Names of the pins of programs at pods' devices.
+fn at_pods(net: &Net) -> Vec<String> {
+    let index = |name: &str| nix::net::if_::if_nametoindex(name).expect("a device").to_string();
+    let pods = [index("pod0"), index("pod1")];
+    let dir = sheave_agent::dataplane::ebpf::versioned(&net.world.config.pin_dir).join("links");
+    let pins = fs::read_dir(dir).expect("the links").map(|entry| entry.expect("an entry").file_name());
+    let pins = pins.map(|name| name.to_string_lossy().into_owned());
+    pins.filter(|name| name.split('_').nth(1).is_some_and(|index| pods.iter().any(|pod| pod == index)))
+        .collect()
+}
+
+/// The sockets of these pods are not served: what they send is balanced at their devices, or not at all.
+#[test]
+fn service_packet_of_pods_is_balanced_where_that_is_wanted() {
+    isolated(module_path!(), "service_packet_of_pods_is_balanced_where_that_is_wanted", |cgroup| {
+        let mut net = Net::new(cgroup);
+        for (wanted, masquerade_all) in
+            [(true, false), (false, false), (false, true), (false, false), (true, false)]
+        {
+            (net.world.config.pod_packets, net.world.config.masquerade_all) = (wanted, masquerade_all);
+            let driver = net.driver(8080);
+            let there = wanted || masquerade_all;
+            let limit = if there { PATIENCE } else { Duration::from_millis(300) };
+            assert_eq!(at_pods(&net).len(), if there { 4 } else { 0 }, "{wanted} {masquerade_all}");
+            for n in 0..2 {
+                let cluster = at(CLUSTER[n], 80);
+                let heard = net.other_pod.run(|| TcpStream::connect_timeout(&cluster, limit));
+                assert_eq!(heard.is_ok(), there, "{cluster}: {heard:?}");
+                // From outside all is as ever, by two addresses from one port too.
+                let [node, balancer] = [at(NODE[n], LOCAL_PORT), at(BALANCER[n], 80)];
+                let client = if masquerade_all { NODE[n] } else { CLIENT[n] };
+                net.client.run(|| {
+                    for to in [node, balancer] {
+                        assert_eq!(
+                            ask(to).expect("an answer"),
+                            (POD[n].to_owned(), client.to_owned()),
+                            "{to}"
+                        );
+                    }
+                    let socket = udp_client(node);
+                    for to in [node, balancer, node, balancer] {
+                        assert_eq!(ask_udp(&socket, to), POD[n], "{to}");
+                    }
+                });
+            }
+            drop(driver);
+        }
+        for reason in ["rewrite_failed", "answer_failed", "program_missing", "flow_full", "no_route"] {
+            assert_eq!(net.world.counted(reason), 0, "{reason}");
+        }
+    });
+}
+
 #[test]
 fn service_packet_refusals() {
     isolated(module_path!(), "service_packet_refusals", |cgroup| {
