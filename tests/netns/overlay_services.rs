@@ -124,8 +124,13 @@ fn a_node_port_leads_through_the_tunnel(plane: &str) {
     }
     for host in &hosts {
         let healthz = ([127, 0, 0, 1], 10256).into();
-        let (status, _) = http::get_in(&host.netns, healthz, "/healthz").expect("healthz");
-        assert_eq!(status, 200, "{}", host.log());
+        // What a round has written is served a moment before the round is over.
+        wait_for("the node to be healthy", || {
+            match http::get_in(&host.netns, healthz, "/healthz").expect("healthz") {
+                (200, _) => Ok(()),
+                (status, _) => Err(format!("{status}\n{}", host.log())),
+            }
+        });
     }
 }
 

@@ -389,10 +389,12 @@ fn leaves_strays<E: Table>(env: &E) -> bool {
     env.config().is_some_and(|config| config.flags & config_flag::LEAVE_STRAYS != 0)
 }
 
-/// A packet for a service that belongs to no flow: finds a backend and writes the flow's entries.
+/// A packet for a service that belongs to no flow: finds a backend, writes the flow's entries, and translates what needs no
+/// other way than the stack's. What `work` tells of the packet is not asked for: while the programs are replaced it may be
+/// another one's.
 #[inline(always)]
 pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
-    packet: &P,
+    packet: &mut P,
     env: &E,
     work: &mut Work,
     link: Link,
@@ -454,7 +456,16 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
     }
     env.count(Counter::Opened);
     env.tell(work, Counter::Opened);
-    Stage::Again
+    if wrapped || work.flow.flags & (flow_flag::SNAT | flow_flag::TUNNEL) != 0 || work.headers.is_fin() {
+        return Stage::Again;
+    }
+    begin(packet, env, work)
+}
+
+/// Translates the first packet of a flow, of which [`flow::note`] would note nothing.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn begin<P: Packet, E: Table>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
+    finish(packet, env, work)
 }
 
 /// The slot for a packet: by the service's Maglev table at the first attempt, if it has one, else by chance, which is

@@ -72,7 +72,7 @@ pub fn shv_tc_open(ctx: TcContext) -> i32 {
         _ => Link::Uplink,
     };
     let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
-    let stage = balance::open(&Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, link);
+    let stage = balance::open(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, link);
     go_on(&ctx, work, stage)
 }
 
