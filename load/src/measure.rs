@@ -187,6 +187,7 @@ impl Run<'_> {
             pin_dir: bed.pin_dir.clone(),
             cgroup: bed.cgroup.clone(),
             iptables: self.options.iptables,
+            pod_packets: self.options.pod_packets,
         });
         let mut planner = Worker::start(format!("programming ({})", way.name()), &bed.node, None, &job)?;
         let mut measured = Measured::default();

@@ -116,6 +116,8 @@ pub struct Options {
     pub iptables: Option<IptablesKind>,
     /// Services above which iptables is left out.
     pub iptables_max: u32,
+    /// Let eBPF balance packets of pods at their devices too, as where another runtime runs the pods.
+    pub pod_packets: bool,
     /// Leave traffic out: programming, changes and memory only.
     pub no_traffic: bool,
     /// How to print.
@@ -136,6 +138,7 @@ impl Default for Options {
             churn_per_s: 0,
             iptables: None,
             iptables_max: 10_000,
+            pod_packets: false,
             no_traffic: false,
             output: Output::Table,
             report: None,

@@ -109,8 +109,8 @@ impl Plane {
             cgroup_path: Some(self.program.cgroup.clone()),
             uplinks: vec![UPLINK.to_owned()],
             pod_links: vec![POD_LINKS.to_owned()],
-            // The pod is a process whose sockets are served, as are those of pods that an agent runs.
-            pod_packets: false,
+            // Without it all is as on a node whose agent runs the pods: their sockets are served.
+            pod_packets: self.program.pod_packets,
             node_name: "load".to_owned(),
             node_ips: vec![Ipv4Addr::from(NODE).into()],
             pod_cidrs: PODS.parse().into_iter().collect(),

@@ -44,6 +44,7 @@ pub(crate) struct Program {
     pub(crate) pin_dir: PathBuf,
     pub(crate) cgroup: PathBuf,
     pub(crate) iptables: Option<IptablesKind>,
+    pub(crate) pod_packets: bool,
 }
 
 /// Kinds of traffic.

@@ -141,6 +141,10 @@ pub(crate) struct ServicesFlags {
     /// Which iptables [default: what `iptables` is on this host]
     #[arg(long, value_enum)]
     iptables: Option<Iptables>,
+    /// Let ebpf balance packets of pods at their devices too, as where another runtime runs the pods; where the agent runs
+    /// them it serves their sockets alone
+    #[arg(long)]
+    pod_packets: bool,
     /// Leave iptables out above this number of services
     #[arg(long, value_name = "N", default_value_t = Options::default().iptables_max)]
     iptables_max: u32,
@@ -207,6 +211,7 @@ impl From<&ServicesFlags> for Options {
                 Iptables::Legacy => sheave_load::IptablesKind::Legacy,
             }),
             iptables_max: flags.iptables_max,
+            pod_packets: flags.pod_packets,
             no_traffic: flags.no_traffic,
             output: flags.output.known(),
             report: flags.report.clone(),

@@ -157,13 +157,14 @@ fn load_services_prints_a_table_and_names_what_is_missing() {
     if !require_root() {
         return;
     }
-    let args =
-        ["--count", "3,1", "--modes", "iptables", "--iptables-max", "2", "--samples", "20", "--changes", "2"];
-    let output = Load::start(&[&args[..], &["--backends", "shared"]].concat()).finish();
+    let args = ["--count", "3,1", "--modes", "iptables,ebpf", "--pod-packets", "--iptables-max", "2"];
+    let few = ["--samples", "20", "--changes", "2", "--backends", "shared"];
+    let output = Load::start(&[&args[..], &few].concat()).finish();
     assert!(output.status.success(), "{}", text(&output.stderr));
     let said = text(&output.stdout);
     assert!(said.contains("\n3 services with 4 endpoints that all share\n"), "{said}");
     assert!(said.contains("iptables  unavailable: left out above 2 services"), "{said}");
+    assert!(said.contains("\nebpf      first"), "{said}");
 }
 
 #[test]
