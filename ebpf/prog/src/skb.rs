@@ -235,7 +235,8 @@ impl<C: Hook> Node for Env<'_, C> {
             proto: journey.proto,
             sport: journey.sport,
             dport: journey.dport,
-            len: journey.len as u16,
+            // One that the field can't say is longer than any way takes in one piece.
+            len: if journey.len > 0xffff { 0xffff } else { journey.len as u16 },
             device,
             flow_info: 0,
             src: place(&journey.src),
