@@ -62,7 +62,7 @@ fn entry(asked: &Destination, backend: &Backend, service_id: u32) -> ReverseEntr
     }
 }
 
-/// Remembers a connection: the socket has one peer. Of TCP it is in the table of connected sockets, which costs a tenth of
+/// Remembers a connection: the socket has one peer. Of TCP it is in the table of connected sockets, which costs a small part of
 /// what a storage of its own does; without room there, and for the sake of those who look for connected UDP sockets, in the
 /// socket's storage. False when the kernel has no memory left for it in any place.
 #[inline(always)]
