@@ -3,6 +3,8 @@
 
 use std::net::IpAddr;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use sheave_harness::netns::checked;
 use sheave_harness::wait_for;
@@ -364,14 +366,12 @@ pub(crate) fn status_51(plugin: Plugin) {
     );
     let batch = dir.path().join("batch");
     std::fs::write(&batch, script).expect("write a script");
-    wait_for("the thief to be faster than the repair", || {
-        let output = ns.command("ip").arg("-batch").arg(&batch).output().expect("start ip");
-        if output.status.success() {
-            Ok(())
-        } else {
-            Err(String::from_utf8_lossy(&output.stderr).into_owned())
-        }
-    });
+    // Held still, so that the thief is faster than the repair.
+    let agent = Pid::from_raw(bed.agent_pid().try_into().expect("a process id"));
+    kill(agent, Signal::SIGSTOP).expect("hold the agent");
+    let stolen = ns.command("ip").arg("-batch").arg(&batch).output().expect("start ip");
+    kill(agent, Signal::SIGCONT).expect("let the agent go on");
+    assert!(stolen.status.success(), "{}", String::from_utf8_lossy(&stolen.stderr));
     wait_for("STATUS 51", || {
         let outcome = bed.verb("STATUS", &config);
         if outcome.status == Some(0) { Err(format!("{outcome:?}")) } else { Ok(outcome.code(51)) }
