@@ -11,6 +11,7 @@ use sheave_ebpf_core::reverse;
 
 #[cgroup_sock(sock_release)]
 pub fn shv_release(ctx: SockContext) -> i32 {
+    // All but UDP, since MPTCP is TCP here.
     // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
     if unsafe { read_volatile(addr_of!((*ctx.sock).protocol)) } == u32::from(PROTO_UDP) {
         return ALLOW;

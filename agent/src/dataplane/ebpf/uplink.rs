@@ -220,10 +220,11 @@ pub(super) fn detach_others(
     order: Order,
 ) -> Result<(), DataplaneError> {
     for path in others(dir, devices) {
-        match sys::obj_get(&path).and_then(|link| sys::link_detach(link.as_fd())) {
-            Ok(()) => {}
-            // The pin is a filter's mark and no link.
-            Err(_) => detach_filter(&path, order)?,
+        // Does nothing where the pin is a link's.
+        detach_filter(&path, order)?;
+        if let Err(error) = sys::obj_get(&path).and_then(|link| sys::link_detach(link.as_fd())) {
+            // A filter's mark is no link, and a link that can't be severed is gone with its pin.
+            tracing::debug!(path = %path.display(), %error, "not severed");
         }
         link::unlink(&path)?;
     }
