@@ -1,6 +1,6 @@
 //! What the programs of both objects need of the kernel. Invariant: nothing here decides anything.
 #![no_std]
-#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+#![feature(asm_experimental_arch)]
 #![expect(unsafe_code, reason = "map values, context accesses and helpers are unsafe in a BPF program")]
 
 pub mod fib;

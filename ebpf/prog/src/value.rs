@@ -47,7 +47,6 @@ pub fn replace<T: Plain>(place: *mut T, value: &T) {
 #[inline(always)]
 pub unsafe fn claim(place: *mut u64, new: u64) -> bool {
     // SAFETY: as the caller promises. The instruction is in the kernel since 5.12, and `core` has none for this target.
-    #[cfg(target_arch = "bpf")]
     unsafe {
         let was: u64;
         core::arch::asm!(
@@ -57,10 +56,5 @@ pub unsafe fn claim(place: *mut u64, new: u64) -> bool {
             inout("r0") 0_u64 => was,
         );
         was == 0
-    }
-    #[cfg(not(target_arch = "bpf"))]
-    unsafe {
-        use core::sync::atomic::{AtomicU64, Ordering::SeqCst};
-        AtomicU64::from_ptr(place).compare_exchange(0, new, SeqCst, SeqCst).is_ok()
     }
 }
