@@ -355,6 +355,11 @@ pub(crate) struct ServiceFlags {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) pod_packets: Option<bool>,
+    /// Route connections from outside to pods of this node past its stack, on both ways: faster, and unseen by netfilter
+    /// rules and connection tracking of the node; NetworkPolicies hold (data plane ebpf) [default: false]
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) host_routing: Option<bool>,
     /// Entries of eBPF maps: frontends, slots, backends, flows (two a connection), affinity, members, ranges, maglevs.
     /// A map that is in use grows with its content and never shrinks [default: flows a 512th of memory, slots and
     /// affinity a 4096th each, the others fixed]

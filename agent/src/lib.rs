@@ -216,6 +216,8 @@ pub fn dataplane_config(config: &AgentConfig, stats: &StatsHandle) -> DataplaneC
         mode: services.data_plane,
         pod_links: pod_links(config),
         pod_packets: services.pod_packets.unwrap_or_else(|| !config.does(Component::Pods)),
+        host_routing: services.host_routing,
+        watched_pod_links: config.does(Component::Network),
         node_port_addresses: services.node_port_addresses.clone(),
         masquerade_all: services.masquerade_all,
         xdp: services.xdp,

@@ -188,6 +188,7 @@ impl Run<'_> {
             cgroup: bed.cgroup.clone(),
             iptables: self.options.iptables,
             pod_packets: self.options.pod_packets,
+            host_routing: self.options.host_routing,
         });
         let mut planner = Worker::start(format!("programming ({})", way.name()), &bed.node, None, &job)?;
         let mut measured = Measured::default();

@@ -118,6 +118,8 @@ pub struct Options {
     pub iptables_max: u32,
     /// Let eBPF balance packets of pods at their devices too, as where another runtime runs the pods.
     pub pod_packets: bool,
+    /// Connections from outside go past the node's stack (mode ebpf).
+    pub host_routing: bool,
     /// Leave traffic out: programming, changes and memory only.
     pub no_traffic: bool,
     /// How to print.
@@ -139,6 +141,7 @@ impl Default for Options {
             iptables: None,
             iptables_max: 10_000,
             pod_packets: false,
+            host_routing: false,
             no_traffic: false,
             output: Output::Table,
             report: None,

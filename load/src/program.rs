@@ -111,6 +111,8 @@ impl Plane {
             pod_links: vec![POD_LINKS.to_owned()],
             // Without it all is as on a node whose agent runs the pods: their sockets are served.
             pod_packets: self.program.pod_packets,
+            host_routing: self.program.host_routing,
+            watched_pod_links: false,
             node_name: "load".to_owned(),
             node_ips: vec![Ipv4Addr::from(NODE).into()],
             pod_cidrs: PODS.parse().into_iter().collect(),

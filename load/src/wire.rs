@@ -45,6 +45,7 @@ pub(crate) struct Program {
     pub(crate) cgroup: PathBuf,
     pub(crate) iptables: Option<IptablesKind>,
     pub(crate) pod_packets: bool,
+    pub(crate) host_routing: bool,
 }
 
 /// Kinds of traffic.

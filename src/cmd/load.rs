@@ -145,6 +145,9 @@ pub(crate) struct ServicesFlags {
     /// them it serves their sockets alone
     #[arg(long)]
     pod_packets: bool,
+    /// Let ebpf take connections from outside to the node's pods past its stack, which takes a program at the pods' devices
+    #[arg(long)]
+    host_routing: bool,
     /// Leave iptables out above this number of services
     #[arg(long, value_name = "N", default_value_t = Options::default().iptables_max)]
     iptables_max: u32,
@@ -212,6 +215,7 @@ impl From<&ServicesFlags> for Options {
             }),
             iptables_max: flags.iptables_max,
             pod_packets: flags.pod_packets,
+            host_routing: flags.host_routing,
             no_traffic: flags.no_traffic,
             output: flags.output.known(),
             report: flags.report.clone(),

@@ -33,6 +33,7 @@ pub(super) fn set(config: &mut AgentConfig, flags: &ServiceFlags) -> Result<()> 
     }
     services.pod_links.clone_from(&flags.pod_link);
     services.pod_packets = flags.pod_packets;
+    set_if(&mut services.host_routing, flags.host_routing);
     services.map_sizes = map_sizes(&flags.service_map_sizes)?;
     set_if(&mut services.proxy_health_listen, flags.proxy_health_listen);
     Ok(())

@@ -10,6 +10,9 @@ fn spoilt_frames_break_no_rule() {
         // The run is worth something only while frames get far into the core.
         let far = [tally.translated, tally.returned, tally.answered].map(|n| n > 300);
         assert_eq!(far, [true; 3], "seed {seed}: {tally:?}");
-        assert!(tally.sent > 10 && tally.received > 10 && tally.told > 2, "seed {seed}: {tally:?}");
+        assert!(
+            tally.sent > 10 && tally.received > 10 && tally.told > 2 && tally.entered > 10,
+            "seed {seed}: {tally:?}"
+        );
     }
 }

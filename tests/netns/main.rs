@@ -61,6 +61,7 @@ mod service_nft_more;
 mod service_nodeport;
 mod service_ops;
 mod service_packet;
+mod service_past;
 mod service_scenarios;
 mod service_socket;
 mod service_table;

@@ -18,25 +18,25 @@ use crate::service_world::{
     World, address, ask, ask_udp, at, ip, on_loopback, service, slice, tcp_server, udp_client, udp_server,
 };
 
-const CLIENT: [&str; 2] = ["198.51.100.2", "2001:db8:ffff::2"];
-const NODE: [&str; 2] = ["198.51.100.1", "2001:db8:ffff::1"];
-const POD: [&str; 2] = ["10.244.0.5", "fd00:244::5"];
+pub(crate) const CLIENT: [&str; 2] = ["198.51.100.2", "2001:db8:ffff::2"];
+pub(crate) const NODE: [&str; 2] = ["198.51.100.1", "2001:db8:ffff::1"];
+pub(crate) const POD: [&str; 2] = ["10.244.0.5", "fd00:244::5"];
 const OTHER_POD: [&str; 2] = ["10.244.0.6", "fd00:244::6"];
 const GATE: [&str; 2] = ["169.254.77.1", "fd00:77::1"];
 const NEAR: [&str; 2] = ["10.0.9.1", "fd00:9::1"];
 const FAR: [&str; 2] = ["10.0.9.2", "fd00:9::2"];
 const REMOTE: [&str; 2] = ["10.244.9.5", "fd00:244:9::5"];
-const BALANCER: [&str; 2] = ["203.0.113.10", "2001:db8:77::10"];
+pub(crate) const BALANCER: [&str; 2] = ["203.0.113.10", "2001:db8:77::10"];
 const EXTERNAL: [&str; 2] = ["203.0.113.20", "2001:db8:77::20"];
 const CLUSTER: [&str; 2] = ["10.96.0.1", "fd00:96::1"];
 /// NodePorts: endpoints on both nodes, on the other only, nowhere, on the other only with policy Local.
 const REMOTE_PORT: u16 = 30_081;
-const LOCAL_PORT: u16 = 30_080;
+pub(crate) const LOCAL_PORT: u16 = 30_080;
 const EMPTY_PORT: u16 = 30_082;
 const ELSEWHERE_PORT: u16 = 30_083;
 /// A NodePort whose endpoints have nobody listening.
-const DEAF_PORT: u16 = 30_084;
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const DEAF_PORT: u16 = 30_084;
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 fn add(netns: &NetNs, device: &str, addresses: [&str; 2]) {
     netns.ip(&["addr", "add", &format!("{}/24", addresses[0]), "dev", device]);
@@ -91,17 +91,17 @@ pub(crate) fn echo(listen: SocketAddr) {
 }
 
 /// This node is the test's own namespace, with the client behind `up0`, the other node behind `up1`, two pods.
-struct Net {
-    client: NetNs,
+pub(crate) struct Net {
+    pub(crate) client: NetNs,
     other: NetNs,
-    pod: NetNs,
+    pub(crate) pod: NetNs,
     other_pod: NetNs,
-    world: World,
+    pub(crate) world: World,
     cgroup: std::path::PathBuf,
 }
 
 impl Net {
-    fn new(cgroup: &Path) -> Self {
+    pub(crate) fn new(cgroup: &Path) -> Self {
         let node = NetNs::open("/proc/self/ns/net").expect("our own namespace");
         let (client, other) = (NetNs::new(), NetNs::new());
         node.veth("up0", &client, "eth0");
@@ -142,7 +142,7 @@ impl Net {
     }
 
     /// Services of every kind over `port` of the endpoints.
-    fn driver(&self, port: u16) -> Driver {
+    pub(crate) fn driver(&self, port: u16) -> Driver {
         let mut events = Vec::new();
         for (proto, n) in [(Proto::Tcp, 1), (Proto::Udp, 2)] {
             for (name, node_port, endpoints, local_only) in [
@@ -185,7 +185,7 @@ impl Net {
         self.world.driver(events)
     }
 
-    fn no_trouble(&self) {
+    pub(crate) fn no_trouble(&self) {
         for reason in ["rewrite_failed", "answer_failed", "program_missing", "flow_full", "no_route"] {
             assert_eq!(self.world.counted(reason), 0, "{reason}");
         }
@@ -201,7 +201,7 @@ impl Drop for Net {
     }
 }
 
-fn endpoint(name: &str, proto: Proto, at: SocketAddr, here: bool) -> Event {
+pub(crate) fn endpoint(name: &str, proto: Proto, at: SocketAddr, here: bool) -> Event {
     let mut event = slice(name, proto, &[at]);
     if let Event::Slice(slice) = &mut event {
         slice.endpoints.iter_mut().for_each(|endpoint| endpoint.on_this_node = here);
@@ -210,7 +210,7 @@ fn endpoint(name: &str, proto: Proto, at: SocketAddr, here: bool) -> Event {
 }
 
 /// A UDP socket of `to`'s family that talks to `to` alone.
-fn connected(to: SocketAddr) -> UdpSocket {
+pub(crate) fn connected(to: SocketAddr) -> UdpSocket {
     let socket = connected_from(0, to);
     socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
     socket

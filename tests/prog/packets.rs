@@ -4,15 +4,19 @@
 use std::fs;
 use std::path::PathBuf;
 
+use aya::maps::Array;
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
+use sheave_agent::dataplane::DataplaneConfig;
 use sheave_agent::dataplane::ebpf::versioned;
 use sheave_agent::service::{Event, Proto, ServiceExtras};
+use sheave_ebpf_abi::{Door, Plain as _, door_flag, map};
 use sheave_harness::{Cgroup, NetNs, require_root};
 
+use crate::golden::doors::{self as golden_doors, DOOR_MTU, Doors};
 use crate::golden::{
     Frame, Hook, L4, Out, PAYLOAD, PLACES, PORT_DIRECT, PORT_DIRECT_LOCAL, PORT_EMPTY, PORT_LOCAL,
-    PORT_LOCAL_ONLY, PORT_POD, PORT_REMOTE, PORT_SAME_POD, REMOTE_MTU, SYN, conversation,
+    PORT_LOCAL_ONLY, PORT_POD, PORT_REMOTE, PORT_SAME_POD, REMOTE_MTU, SYN, Step, conversation,
 };
 use crate::service_world::{World, address, at, ip, service, slice};
 
@@ -105,9 +109,14 @@ pub(crate) fn roads() -> NetNs {
 
 impl Programs {
     pub(crate) fn load() -> Self {
+        Self::load_with(|_| ())
+    }
+
+    fn load_with(settings: impl FnOnce(&mut DataplaneConfig)) -> Self {
         let cgroup = Cgroup::new("prog");
         let mut world = World::new(cgroup.path(), &[]);
         world.config.node_ips = PLACES.iter().map(|place| address(place.node)).collect();
+        settings(&mut world.config);
         // Its links are no use here; its maps and the programs in them are.
         drop(world.driver(services()));
         let dir = versioned(&world.config.pin_dir);
@@ -118,7 +127,7 @@ impl Programs {
             loader.map_pin_path(name, path.as_path());
         }
         let mut ebpf = loader.load(sheave_ebpf_object::BYTES).expect("load the object over the pinned maps");
-        for hook in [Hook::Ingress, Hook::PodIngress, Hook::Egress] {
+        for hook in [Hook::Ingress, Hook::PodIngress, Hook::PodAnswer, Hook::Egress] {
             Self::classifier(&mut ebpf, hook).load().expect("load");
         }
         Self { ebpf, world, _cgroup: cgroup }
@@ -128,6 +137,7 @@ impl Programs {
         let name = match hook {
             Hook::Ingress => "shv_tc_ingress",
             Hook::PodIngress => "shv_pod_ingress",
+            Hook::PodAnswer => "shv_pod_answer",
             Hook::Egress => "shv_tc_egress",
         };
         ebpf.program_mut(name).expect("in the object").try_into().expect("a classifier")
@@ -149,6 +159,50 @@ impl Programs {
     }
 }
 
+impl Programs {
+    /// Runs a golden step.
+    fn shows(&mut self, step: &Step, at: &str) {
+        let (verdict, output) = self.run(step.hook, &step.input).expect("run");
+        let at = format!("{} at {at}", step.name);
+        let (wanted, expected) = match &step.output {
+            Out::Pass(expected) => (PASS, expected),
+            Out::Redirect(expected) | Out::Enter(expected) | Out::Reply(expected) => (REDIRECT, expected),
+            Out::Drop => return assert_eq!(verdict, DROP, "{at}"),
+        };
+        assert_eq!((verdict, &output), (wanted, expected), "{at}");
+    }
+}
+
+#[test]
+fn golden_doors() {
+    if !require_root() {
+        return;
+    }
+    let roads = roads();
+    let _there = roads.enter();
+    let road = nix::net::if_::if_nametoindex("road").expect("an index");
+    let mut programs = Programs::load_with(|config| config.host_routing = true);
+    for (doors, flags) in [(Doors::Entered, door_flag::ENTER), (Doors::Watched, 0)] {
+        for (doors, device) in [(doors, road), (Doors::Shut, 0)] {
+            let door = Door { device, mtu: DOOR_MTU, flags };
+            let bytes: [u8; size_of::<Door>()] = door.as_bytes().try_into().expect("its size");
+            let map = programs.ebpf.map_mut(map::DOORS).expect("in the object");
+            Array::<_, [u8; size_of::<Door>()]>::try_from(map)
+                .expect("an array")
+                .set(road & 0xffff, bytes, 0)
+                .expect("write a door");
+            for place in &PLACES {
+                for step in golden_doors::conversation(place, doors) {
+                    programs.shows(&step, place.node);
+                }
+            }
+        }
+    }
+    for reason in ["rewrite_failed", "answer_failed", "program_missing", "no_route", "flow_full"] {
+        assert_eq!(programs.world.counted(reason), 0, "{reason}");
+    }
+}
+
 #[test]
 fn golden_conversations() {
     if !require_root() {
@@ -159,17 +213,7 @@ fn golden_conversations() {
     let mut programs = Programs::load();
     for place in &PLACES {
         for step in conversation(place) {
-            let (verdict, output) = programs.run(step.hook, &step.input).expect("run");
-            let at = format!("{} at {}", step.name, place.node);
-            let (wanted, expected) = match step.output {
-                Out::Pass(expected) => (PASS, expected),
-                Out::Redirect(expected) | Out::Reply(expected) => (REDIRECT, expected),
-                Out::Drop => {
-                    assert_eq!(verdict, DROP, "{at}");
-                    continue;
-                }
-            };
-            assert_eq!((verdict, output), (wanted, expected), "{at}");
+            programs.shows(&step, place.node);
         }
     }
     for (reason, times) in [

@@ -132,6 +132,12 @@ pub struct DataplaneConfig {
     /// devices: those of virtual machines and of raw sockets. It is done whatever this says where `masquerade_all` wants the
     /// answers of pods to be seen there.
     pub pod_packets: bool,
+    /// Whether connections from outside to pods of this node go past its stack on both ways, where the routing table leads
+    /// to a device of `pod_links`: they meet no netfilter rule and no connection tracking of this node (eBPF host routing).
+    pub host_routing: bool,
+    /// Whether programs of others want to see what these devices take, as those of policies do. Without them packets that go
+    /// past the stack need not go by the devices.
+    pub watched_pod_links: bool,
     /// Name of this node, by which endpoints are local.
     pub node_name: String,
     /// Addresses of this node in addition to those found on its interfaces; the first of each family is primary.
@@ -168,6 +174,8 @@ impl Default for DataplaneConfig {
             uplinks: Vec::new(),
             pod_links: Vec::new(),
             pod_packets: true,
+            host_routing: false,
+            watched_pod_links: true,
             node_name: String::new(),
             node_ips: Vec::new(),
             pod_cidrs: Vec::new(),

@@ -27,6 +27,8 @@ pub struct ServiceSettings {
     /// Whether packets of pods are balanced at their devices too; `None` is false where this agent runs the pods, whose
     /// sockets it serves all, else true.
     pub pod_packets: Option<bool>,
+    /// Connections from outside to pods of this node go past its stack.
+    pub host_routing: bool,
     /// Entries of the eBPF maps, where they are not to follow from the host's memory.
     pub map_sizes: MapEntries,
     /// What is done about rules that a kube-proxy left on the host.
@@ -45,6 +47,7 @@ impl Default for ServiceSettings {
             ipvs_scheduler: IpvsScheduler::Rr,
             pod_links: Vec::new(),
             pod_packets: None,
+            host_routing: false,
             map_sizes: MapEntries::default(),
             kube_proxy_leftovers: KubeProxyLeftovers::default(),
             proxy_health_listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 10256)),

@@ -44,7 +44,7 @@ use nat::Nat;
 use netlink::Connection;
 pub(crate) use netlink::{
     AddressDevice, Attributes, ConnectedUdp, Diag, Generic, InetFamily, KernelEvent, KernelEvents,
-    RoutedLink, attributes, end_tracking, has_clsact_filter, has_link,
+    RoutedLink, attributes, end_tracking, has_clsact_filter, has_link, pod_devices,
 };
 use node::Tables;
 pub(crate) use plan::NODE_LINK_PREFIX;

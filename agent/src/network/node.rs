@@ -204,6 +204,7 @@ mod tests {
             mac: None,
             peer: None,
             queued: false,
+            across: false,
         }
     }
 

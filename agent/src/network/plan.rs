@@ -466,6 +466,7 @@ mod tests {
                         mac: Some(mac),
                         peer: Some(peer),
                         queued: false,
+                        across: false,
                     };
                     assert!(node.link.is_none() && pod.link.is_none(), "a name is taken");
                     node.link = Some(link(7, name, *mac, 2));

@@ -15,6 +15,8 @@ pub mod config_flag {
     /// Another data plane was replaced and still translates its connections: TCP packets that open none and belong to
     /// none of ours are left to it.
     pub const LEAVE_STRAYS: u32 = 1 << 3;
+    /// Connections from outside to pods of this node go past its stack, where the pod's device is a [`crate::Door`].
+    pub const HOST_ROUTING: u32 = 1 << 4;
 }
 
 plain! {

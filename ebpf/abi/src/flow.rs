@@ -152,8 +152,27 @@ plain! {
         pub seen_s: u32,
         /// Bits of [`flow_flag`].
         pub flags: u16,
-        /// Zero.
-        pub pad: u16,
+        /// Where in [`crate::map::DOORS`] the pod's device is that packets go to past the stack; 0 for those that go through it.
+        pub door: u16,
+    }
+}
+
+/// Bits of [`Door::flags`].
+pub mod door_flag {
+    /// Packets may enter the pod's namespace at once: nobody else wants to see them at the device.
+    pub const ENTER: u16 = 1 << 0;
+}
+
+plain! {
+    /// Element of the doors map, at the low half of the device's index: a pod's device where answers are translated as they
+    /// come from the pod, so that a connection need not meet the node's stack on either way. Zeroes for none.
+    pub struct Door = 8 {
+        /// Index of the device.
+        pub device: u32,
+        /// Bytes of the largest IP packet that it takes.
+        pub mtu: u16,
+        /// Bits of [`door_flag`].
+        pub flags: u16,
     }
 }
 

@@ -22,8 +22,8 @@ pub use config::{Config, config_flag, node_addr_flag};
 pub use counter::{COUNTERS, Counter};
 pub use event::{Event, event_hook, event_kind};
 pub use flow::{
-    Flow, FlowKey, Fragment, FragmentKey, ReverseEntry, ReverseKey, ReverseValue, answer_kind, call,
-    flow_flag, flow_timeout_s, fold, mark_of, peer_places,
+    Door, Flow, FlowKey, Fragment, FragmentKey, ReverseEntry, ReverseKey, ReverseValue, answer_kind, call,
+    door_flag, flow_flag, flow_timeout_s, fold, mark_of, peer_places,
 };
 pub use layout::Plain;
 pub use net::{

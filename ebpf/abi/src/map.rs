@@ -53,6 +53,8 @@ pub const LISTEN: &str = "shv_listen";
 /// Per-CPU array of u64: refusals that were answered, by [`crate::answer_kind`]; the second in the upper half, how many in
 /// it in the lower.
 pub const ANSWERS: &str = "shv_answers";
+/// Array of [`crate::Door`], by the low half of the device's index.
+pub const DOORS: &str = "shv_doors";
 
 /// Every pinned map.
 pub const ALL: &[&str] = &[
@@ -79,6 +81,7 @@ pub const ALL: &[&str] = &[
     MARKS,
     LISTEN,
     ANSWERS,
+    DOORS,
 ];
 
 /// Frontends a family (entries, allocated as they come: a NodePort service takes two).
@@ -114,5 +117,7 @@ pub const NETS_V4: u32 = 1 << 16;
 pub const NETS_WORDS: usize = 2 * (NETS_V4 as usize) / 64;
 /// Marks of flows, a power of two (8 bytes each, allocated at once). Several flows may share one.
 pub const MARKS_MAX: usize = 65_536;
+/// Places of doors: one for each low half of a device's index (8 bytes each, allocated at once).
+pub const DOORS_MAX: usize = 1 << 16;
 /// Bytes of the ring buffer.
 pub const EVENTS_BYTES: usize = 262_144;

@@ -7,19 +7,19 @@
 //! redirected, as are masqueraded packets on their way, past a stack that would drop packets from its own address.
 //! Packets of services with direct return are not translated here but at their backend's node ([`tunnel`]).
 
-use crate::affinity;
 use crate::answer::{self, Answer};
-use crate::env::{Affinities, Claim, Flows, Journey, Node, Packet, Route, Table, Way};
+use crate::door;
+use crate::env::{Affinities, Flows, Journey, Node, Packet, Route, Table, Way};
 use crate::flow;
 use crate::icmp::{self, Quote};
+use crate::open;
 use crate::packet::{self, ETHER_LEN, Headers, Kind};
 use crate::quick;
 use crate::resolve::{self, Destination};
-use crate::select::{self, Scope};
-use crate::tunnel::{self, Within};
+use crate::tunnel;
 use sheave_ebpf_abi::{
-    Address, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend, MemberKey, PROTO_TCP,
-    Plain as _, config_flag, flow_flag, frontend_flag, member_flag, node_addr_flag,
+    Address, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend, PROTO_TCP, Plain as _, flow_flag,
+    frontend_flag, node_addr_flag,
 };
 
 /// What is to become of the packet.
@@ -31,6 +31,8 @@ pub enum Verdict {
     Drop,
     /// Out of another device, by [`Work::route`].
     Redirect,
+    /// Into the namespace behind the device of [`Work::route`].
+    Enter,
     /// Back out of the device that it came by: it is the answer now.
     Reply,
 }
@@ -60,7 +62,7 @@ pub enum Side {
 pub enum Stage {
     /// It is done.
     Done(Verdict),
-    /// It is for a service and belongs to no flow: [`open`] comes next.
+    /// It is for a service and belongs to no flow: [`open::open`] comes next.
     Open,
     /// It belongs to a flow now: [`ingress`] comes next.
     Again,
@@ -85,6 +87,8 @@ pub struct Work {
     pub key: FlowKey,
     /// Its flow.
     pub flow: Flow,
+    /// Whether there was one when the packet came.
+    pub known: bool,
     /// Key of the other direction's entry.
     pub other_key: FlowKey,
     /// The other direction's entry.
@@ -97,6 +101,8 @@ pub struct Work {
     pub quote: Quote,
     /// Seconds of the kernel's monotonic clock.
     pub now_s: u32,
+    /// The packet that this is about, where stages are programs of their own; 0 for none. It is their business alone.
+    pub ticket: u64,
 }
 
 impl Work {
@@ -108,12 +114,14 @@ impl Work {
             slot: 0,
             key: FlowKey::zeroed(),
             flow: Flow::zeroed(),
+            known: false,
             other_key: FlowKey::zeroed(),
             other: Flow::zeroed(),
             frontend: Frontend::zeroed(),
             route: Route { device: 0, next_hop: Address::zeroed(), link: [0; 12], has_link: false },
             quote: Quote::NOTHING,
             now_s: 0,
+            ticket: 0,
         }
     }
 }
@@ -126,13 +134,6 @@ impl Default for Work {
 
 pub(crate) const PASS: Stage = Stage::Done(Verdict::Pass);
 pub(crate) const DROP: Stage = Stage::Done(Verdict::Drop);
-
-/// Backends tried while the table changes.
-const PICKS: u32 = 3;
-/// Ports tried for a masqueraded connection, the client's own among them.
-const PORTS: u32 = 24;
-/// How many of them before the second range is tried.
-const PORTS_FIRST: u32 = 14;
 
 #[inline(always)]
 pub(crate) fn drop<E: Table + Node>(env: &E, work: &Work, counter: Counter) -> Stage {
@@ -189,17 +190,20 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
         _ => return PASS,
     }
     let mut reply = false;
+    work.known = false;
     if let Some(flow) = env.flow(&work.key) {
+        work.known = true;
         work.flow = flow;
         work.now_s = env.now_s();
         if flow::is_left(work) {
             flow::end(env, work);
+            work.known = false;
             return if frontend(env, work, link) { Stage::Open } else { PASS };
         }
         reply = flow.flags & flow_flag::REPLY != 0;
         let snat = flow.flags & flow_flag::SNAT != 0;
         if reply && !snat {
-            return PASS;
+            return if matches!(link, Link::Pod) { door::leave(packet, env, work) } else { PASS };
         }
         let stands = if reply {
             !flow::is_expired(&flow, work.headers.proto, work.now_s)
@@ -210,7 +214,7 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
             if flow.flags & flow_flag::TUNNEL != 0 {
                 return tunnel::wrap(packet, env, work);
             }
-            return if snat { travel(packet, env, work) } else { finish(packet, env, work) };
+            return if snat { travel(packet, env, work) } else { deliver(packet, env, work) };
         }
     }
     if reply {
@@ -233,34 +237,72 @@ pub fn egress<P: Packet, E: Table + Flows>(packet: &mut P, env: &E, work: &mut W
         Kind::IcmpError => return Stage::Icmp,
         _ => return PASS,
     }
+    if answered(env, work) { finish(packet, env, work) } else { PASS }
+}
+
+/// A packet that a pod sends, whose sockets need no help: an answer that goes past the stack, or it is nobody's business.
+#[inline(always)]
+pub fn from_pod<P: Packet, E: Table + Flows + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
+    match classify(packet, env, work) {
+        Kind::Transport => {}
+        Kind::IcmpError => return Stage::Icmp,
+        _ => return PASS,
+    }
+    if answered(env, work) { door::leave(packet, env, work) } else { PASS }
+}
+
+/// Whether the packet is a backend's answer that is translated for a client who is known to it; `work` has its flow then.
+#[inline(always)]
+fn answered<E: Flows>(env: &E, work: &mut Work) -> bool {
     match env.flow(&work.key) {
         Some(flow) => work.flow = flow,
-        None => return PASS,
+        None => return false,
     }
     work.now_s = env.now_s();
     if flow::is_left(work) {
         flow::end(env, work);
-        return PASS;
+        return false;
     }
-    if work.flow.flags & (flow_flag::REPLY | flow_flag::SNAT) != flow_flag::REPLY
-        || flow::is_expired(&work.flow, work.headers.proto, work.now_s)
-        || !flow::note(env, work)
-    {
-        return PASS;
+    work.flow.flags & (flow_flag::REPLY | flow_flag::SNAT) == flow_flag::REPLY
+        && !flow::is_expired(&work.flow, work.headers.proto, work.now_s)
+        && flow::note(env, work)
+}
+
+/// Translates a packet for a backend that knows its client.
+#[inline(always)]
+fn deliver<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
+    let mut way = Verdict::Pass;
+    if work.flow.door != 0 {
+        if door::takes(packet, env, work) {
+            way = Verdict::Enter;
+        } else {
+            match env.door(work.flow.door) {
+                Some(door) if door.device != 0 => return travel(packet, env, work),
+                Some(_) => {}
+                None => return PASS,
+            }
+        }
     }
-    finish(packet, env, work)
+    translate(packet, env, work, way)
 }
 
 /// Translates a packet that the stack takes on.
 #[inline(always)]
 pub(crate) fn finish<P: Packet, E: Table>(packet: &mut P, env: &E, work: &Work) -> Stage {
-    if !packet::rewrite(packet, &work.headers, &flow::translated(&work.flow)) {
+    translate(packet, env, work, Verdict::Pass)
+}
+
+/// Translates a packet for the way that the verdict says: past the stack it loses a hop.
+#[inline(always)]
+pub(crate) fn translate<P: Packet, E: Table>(packet: &mut P, env: &E, work: &Work, way: Verdict) -> Stage {
+    let passes = !matches!(way, Verdict::Pass);
+    if !packet::rewrite(packet, &work.headers, &flow::translated(&work.flow), passes) {
         env.count(Counter::RewriteFailed);
         return DROP;
     }
     let reply = work.flow.flags & flow_flag::REPLY != 0;
     env.count(if reply { Counter::Replied } else { Counter::Forwarded });
-    PASS
+    Stage::Done(way)
 }
 
 /// Translates a packet that goes on past the stack.
@@ -271,16 +313,7 @@ pub(crate) fn travel<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: 
         env.count(Counter::Expired);
         return Stage::Answer(Answer::HopLimit);
     }
-    let journey = Journey {
-        src: flow.src,
-        dst: flow.dst,
-        sport: flow.sport,
-        dport: flow.dport,
-        proto: headers.proto,
-        v6: headers.v6,
-        len: wire_len(packet, headers),
-    };
-    match env.route(&journey) {
+    match env.route(&journey(packet, headers, flow)) {
         Way::To(route) => work.route = route,
         Way::TooBig(mtu) => {
             env.count(Counter::TooBig);
@@ -290,9 +323,20 @@ pub(crate) fn travel<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: 
         Way::None => return drop(env, work, Counter::NoRoute),
         Way::Later => return PASS,
     }
-    match finish(packet, env, work) {
-        PASS => Stage::Done(redirect(packet, env, &work.headers)),
-        stage => stage,
+    translate(packet, env, work, Verdict::Redirect)
+}
+
+/// The way of a packet as its flow translates it.
+#[inline(always)]
+pub(crate) fn journey<P: Packet>(packet: &P, headers: &Headers, flow: &Flow) -> Journey {
+    Journey {
+        src: flow.src,
+        dst: flow.dst,
+        sport: flow.sport,
+        dport: flow.dport,
+        proto: headers.proto,
+        v6: headers.v6,
+        len: wire_len(packet, headers),
     }
 }
 
@@ -309,17 +353,6 @@ pub(crate) fn wire_len<P: Packet>(packet: &P, headers: &Headers) -> u32 {
         8
     };
     headers.l4 - ETHER_LEN + header + segment
-}
-
-/// Lets a translated packet out of another device.
-#[inline(always)]
-pub fn redirect<P: Packet, E: Table>(packet: &mut P, env: &E, headers: &Headers) -> Verdict {
-    if packet::pass_hop(packet, headers.v6, headers.proto, headers.hops) {
-        Verdict::Redirect
-    } else {
-        env.count(Counter::RewriteFailed);
-        Verdict::Drop
-    }
 }
 
 /// Finds the frontend that a packet is for, if it is balanced when it arrives at such a device.
@@ -366,341 +399,10 @@ fn is_direct<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
 }
 
 /// Kinds of frontends that are reached from outside: all but ClusterIP.
-const OUTSIDE: u32 = frontend_flag::NODE_PORT
+pub(crate) const OUTSIDE: u32 = frontend_flag::NODE_PORT
     | frontend_flag::LOAD_BALANCER
     | frontend_flag::EXTERNAL_IP
     | frontend_flag::HOST_PORT;
-
-/// The endpoints that a packet may go to. What comes from a pod is internal: the traffic policy for what comes from
-/// outside does not concern it, and the internal one concerns cluster IPs only.
-#[inline(always)]
-fn scope(frontend: &Frontend, link: Link) -> Scope {
-    let flag = match link {
-        Link::Uplink | Link::Tunnel => frontend_flag::EXTERNAL_LOCAL,
-        Link::Pod if frontend.flags & OUTSIDE == 0 => frontend_flag::INTERNAL_LOCAL,
-        Link::Pod => 0,
-    };
-    if frontend.flags & flag != 0 { Scope::Local } else { Scope::Cluster }
-}
-
-/// Whether a data plane that was replaced still has connections.
-#[inline(always)]
-fn leaves_strays<E: Table>(env: &E) -> bool {
-    env.config().is_some_and(|config| config.flags & config_flag::LEAVE_STRAYS != 0)
-}
-
-/// A packet for a service that belongs to no flow: finds a backend, writes the flow's entries, and translates what needs no
-/// other way than the stack's. What `work` tells of the packet is not asked for: while the programs are replaced it may be
-/// another one's.
-#[inline(always)]
-pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
-    packet: &mut P,
-    env: &E,
-    work: &mut Work,
-    link: Link,
-) -> Stage {
-    let wrapped = matches!(link, Link::Tunnel);
-    if wrapped && !tunnel::is_one(packet, work) {
-        return PASS;
-    }
-    // A reset opens nothing.
-    if classify(&Within::new(packet, wrapped), env, work) != Kind::Transport
-        || work.headers.is_reset()
-        || !frontend(env, work, link)
-    {
-        return PASS;
-    }
-    if work.frontend.flags & frontend_flag::SOURCE_RANGES != 0
-        && !matches!(link, Link::Pod)
-        && !env.in_source_range(work.frontend.service, &work.headers.src)
-    {
-        return drop(env, work, Counter::SourceRefused);
-    }
-    if work.headers.proto == PROTO_TCP && !work.headers.opens() && leaves_strays(env) {
-        return PASS;
-    }
-    let scope = scope(&work.frontend, link);
-    if wrapped {
-        if !tunnel::name(env, work) {
-            return PASS;
-        }
-        // The stack would not deliver it.
-        if env.is_node_address(&work.headers.src) {
-            return drop(env, work, Counter::TunnelRefused);
-        }
-    } else if select::range(&work.frontend, scope).is_none() {
-        if work.frontend.slot_count() != 0 {
-            return drop(env, work, Counter::NoLocalEndpoints);
-        }
-        env.count(Counter::Rejected);
-        env.tell(work, Counter::Rejected);
-        return Stage::Answer(Answer::Refused);
-    }
-    work.now_s = env.now_s();
-    if let Some(old) = env.flow(&work.key) {
-        work.flow = old;
-        // Should there be no room for the new one, nothing may be left of it that has no other half.
-        flow::end(env, work);
-    }
-    let placed = match find(env, work, scope, link) {
-        Ok(Source::Client) => Ok(()),
-        Ok(other) => disguise(env, work, other),
-        Err(counter) => Err(counter),
-    };
-    if let Err(counter) = placed {
-        return drop(env, work, counter);
-    }
-    flow::mark(env, &work.key, work.now_s);
-    if !env.replace(&work.key, &work.flow) {
-        return drop(env, work, Counter::FlowFull);
-    }
-    env.count(Counter::Opened);
-    env.tell(work, Counter::Opened);
-    if wrapped || work.flow.flags & (flow_flag::SNAT | flow_flag::TUNNEL) != 0 || work.headers.is_fin() {
-        return Stage::Again;
-    }
-    begin(packet, env, work)
-}
-
-/// Translates the first packet of a flow, of which [`flow::note`] would note nothing.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-fn begin<P: Packet, E: Table>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
-    finish(packet, env, work)
-}
-
-/// The slot for a packet: by the service's Maglev table at the first attempt, if it has one, else by chance, which is
-/// the same for every packet of a connection.
-#[inline(always)]
-fn pick<E: Table>(env: &E, work: &Work, scope: Scope, attempt: u32, entropy: u32) -> Option<u32> {
-    let (headers, frontend) = (&work.headers, &work.frontend);
-    if frontend.maglev != 0 && attempt == 0 && matches!(scope, Scope::Cluster) {
-        let seed = env.config().map_or(0, |config| config.maglev_seed);
-        let hash = select::client_hash(
-            &headers.src,
-            headers.sport,
-            &headers.dst,
-            headers.dport,
-            headers.proto,
-            seed,
-            frontend.affinity_timeout_s != 0,
-        );
-        if let Some(index) = select::maglev_pick(env, frontend, hash) {
-            return Some(index);
-        }
-    }
-    Some(select::pick(select::range(frontend, scope)?, entropy))
-}
-
-/// The backend for a packet, and whether it is on this node: the one that its client is bound to, at the first attempt,
-/// where the service has session affinity. `None` when what was read does not fit together.
-#[inline(always)]
-fn choose<E: Table + Affinities>(
-    env: &E,
-    work: &Work,
-    scope: Scope,
-    attempt: u32,
-    entropy: u32,
-) -> Option<(Backend, bool)> {
-    let frontend = &work.frontend;
-    let mut local = None;
-    let mut by_chance = || {
-        let index = pick(env, work, scope, attempt, entropy)?;
-        local = Some(select::is_local(frontend, index));
-        resolve::backend_at(env, frontend.service, index)
-    };
-    if frontend.affinity_timeout_s == 0 || attempt != 0 {
-        let backend = by_chance()?;
-        return Some((backend, local?));
-    }
-    let key = affinity::address_key(work.headers.src, frontend.service, scope);
-    let backend = affinity::choose(env, &key, frontend, scope, work.now_s, by_chance)?;
-    // Two connections of a client at once may have picked apart, and the first one is what holds.
-    let member = MemberKey { service: frontend.service, backend: backend.id };
-    Some((backend, env.member(&member).is_some_and(|flags| flags & member_flag::LOCAL != 0)))
-}
-
-/// What a backend sees as its client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
-    /// The client.
-    Client,
-    /// The client's address and a port of our choice.
-    ClientAddress,
-    /// An address of this node and a port of our choice.
-    Node,
-}
-
-/// Sees to the client's entry: one with a backend that was picked already, or with one that is picked now. Tells what its
-/// source is to be, which it has already only where that is the client.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-fn find<E: Table + Affinities + Flows + Node>(
-    env: &E,
-    work: &mut Work,
-    scope: Scope,
-    link: Link,
-) -> Result<Source, Counter> {
-    if matches!(link, Link::Tunnel) {
-        return match resolve::backend_at(env, work.frontend.service, work.slot) {
-            Some(backend) if backend.addr == work.outer[1] => {
-                assign(work, &backend);
-                place(env, work, true, link)
-            }
-            _ => Err(Counter::StaleSlot),
-        };
-    }
-    let mut entropy = tuple_hash(&work.headers);
-    let mut attempt = 0;
-    while attempt < PICKS {
-        let chosen = choose(env, work, scope, attempt, entropy);
-        attempt += 1;
-        entropy = select::mix(u64::from(entropy) + 1);
-        let Some((backend, local)) = chosen else { continue };
-        assign(work, &backend);
-        return place(env, work, local, link);
-    }
-    Err(Counter::StaleSlot)
-}
-
-/// Makes the client's entry one that leads to the backend, its source kept.
-#[inline(always)]
-fn assign(work: &mut Work, backend: &Backend) {
-    let headers = &work.headers;
-    work.flow = Flow {
-        src: headers.src,
-        dst: backend.addr,
-        sport: headers.sport,
-        dport: backend.port,
-        backend: backend.id,
-        service: work.frontend.service,
-        seen_s: work.now_s,
-        flags: 0,
-        pad: 0,
-    };
-}
-
-/// Takes the tuple of the answers of the flow in `work` when its source is the client and they come by this node. Tells
-/// what the source is to be.
-#[inline(always)]
-fn place<E: Table + Flows>(env: &E, work: &mut Work, local: bool, link: Link) -> Result<Source, Counter> {
-    if !local
-        && work.frontend.flags & frontend_flag::DSR != 0
-        && matches!(link, Link::Uplink)
-        && !must_masquerade(env, work, true, link)
-    {
-        work.flow.flags = flow_flag::TUNNEL;
-        return Ok(Source::Client);
-    }
-    // The stack would not deliver a packet from this node's address to this node.
-    let here = env.is_node_address(&work.flow.dst);
-    if !here && must_masquerade(env, work, local, link) {
-        return Ok(Source::Node);
-    }
-    match flow::take(env, work, true) {
-        Claim::Stored => Ok(Source::Client),
-        // The same client port through another address of a service: a port of ours tells them apart.
-        Claim::Taken => Ok(Source::ClientAddress),
-        Claim::Refused => Err(Counter::FlowFull),
-    }
-}
-
-#[inline(always)]
-fn must_masquerade<E: Table>(env: &E, work: &Work, local: bool, link: Link) -> bool {
-    let everything = || env.config().is_some_and(|config| config.flags & config_flag::MASQUERADE_ALL != 0);
-    (!local && matches!(link, Link::Uplink))
-        || work.flow.dst == work.headers.src
-        || work.frontend.flags & frontend_flag::MASQUERADE_ALL != 0
-        || everything()
-}
-
-/// The address that this node sends a packet on with: the one that the client asked when it is this node's, else the
-/// node's first.
-#[inline(always)]
-pub(crate) fn source<E: Table>(env: &E, headers: &Headers) -> Option<Address> {
-    if env.is_node_address(&headers.dst) {
-        return Some(headers.dst);
-    }
-    let config = env.config()?;
-    let first = if headers.v6 { config.node6 } else { config.node4 };
-    if first.words[3] == 0 && first.words[0] == 0 { None } else { Some(first) }
-}
-
-/// Gives the client's entry another source: an address of this node, or only another port, that nobody has towards the
-/// backend. Ports are tried in an order that the tuple gives, so that two processors with the same packet take the same one.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-fn disguise<E: Table + Flows + Node>(env: &E, work: &mut Work, as_whom: Source) -> Result<(), Counter> {
-    let Some(config) = env.config() else { return Err(Counter::NoNodeAddress) };
-    let as_node = as_whom == Source::Node;
-    if as_node {
-        match source(env, &work.headers) {
-            Some(src) => work.flow.src = src,
-            None => return Err(Counter::NoNodeAddress),
-        }
-        work.flow.flags |= flow_flag::SNAT;
-    }
-    let mut seed = tuple_hash(&work.headers);
-    // The client's own port comes first, unless that is what is taken.
-    let mut attempt = u32::from(!as_node);
-    while attempt < PORTS {
-        if attempt != 0 {
-            seed = select::mix(u64::from(seed) << 8 | u64::from(attempt));
-            work.flow.sport = port(&config, attempt, seed);
-        } else if is_local(&config, work.flow.sport) {
-            // The kernel may give it to a socket at any time.
-            work.flow.sport = 0;
-        }
-        attempt += 1;
-        flow::turn(work);
-        if work.flow.sport == 0 || as_node && env.has_socket(&work.other_key) {
-            continue;
-        }
-        match flow::take(env, work, false) {
-            Claim::Stored => return Ok(()),
-            Claim::Taken => {}
-            Claim::Refused => return Err(Counter::FlowFull),
-        }
-    }
-    Err(Counter::PortsExhausted)
-}
-
-/// The first port of those in `config` that a flow is given whose client keeps its address, in host order.
-#[cfg(not(target_arch = "bpf"))]
-pub fn first_other_port(config: &Config, headers: &Headers) -> u16 {
-    u16::from_be(port(config, 1, select::mix(u64::from(tuple_hash(headers)) << 8 | 1)))
-}
-
-/// Whether the port, in network order, is one that the kernel gives to this node's sockets.
-#[inline(always)]
-fn is_local(config: &Config, port: u16) -> bool {
-    let port = u16::from_be(port);
-    config.local_port_min <= port && port <= config.local_port_max
-}
-
-/// A port for masquerading in network order; 0 when the range is empty.
-#[inline(always)]
-fn port(config: &Config, attempt: u32, seed: u32) -> u16 {
-    let (min, max) = if attempt < PORTS_FIRST || config.snat_more_min == 0 {
-        (config.snat_port_min, config.snat_port_max)
-    } else {
-        (config.snat_more_min, config.snat_more_max)
-    };
-    if min == 0 || max < min {
-        return 0;
-    }
-    let count = u32::from(max) - u32::from(min) + 1;
-    (min + ((u64::from(seed) * u64::from(count)) >> 32) as u16).to_be()
-}
-
-/// The same for every packet of a flow, so that a flow whose entry was evicted finds its backend again while the
-/// service does not change.
-#[inline(always)]
-fn tuple_hash(headers: &Headers) -> u32 {
-    let s = &headers.src.words;
-    let d = &headers.dst.words;
-    let ports = u64::from(headers.sport) << 16 | u64::from(headers.dport);
-    let a = u64::from(s[3] ^ s[1].rotate_left(7)) << 32 | u64::from(s[2] ^ s[0].rotate_left(13));
-    let b = u64::from(d[3] ^ d[1].rotate_left(7)) << 32 | u64::from(d[2] ^ d[0].rotate_left(13));
-    select::mix(u64::from(select::mix(a ^ ports.rotate_left(24))) << 32 ^ b ^ u64::from(headers.proto))
-}
 
 /// Takes a packet the whole way, where one program may be long.
 #[inline(always)]
@@ -714,6 +416,17 @@ pub fn run<P: Packet, E: Table + Affinities + Flows + Node>(
     if quick::passes(packet, env, side) { Verdict::Pass } else { run_long(packet, env, work, side, link) }
 }
 
+/// The same for [`from_pod`].
+#[inline(always)]
+pub fn run_answer<P: Packet, E: Table + Affinities + Flows + Node>(
+    packet: &mut P,
+    env: &E,
+    work: &mut Work,
+) -> Verdict {
+    let stage = from_pod(packet, env, work);
+    go_on(packet, env, work, (Side::Ingress, Link::Pod), stage)
+}
+
 /// [`run`] without the short way.
 #[inline(always)]
 pub fn run_long<P: Packet, E: Table + Affinities + Flows + Node>(
@@ -723,12 +436,22 @@ pub fn run_long<P: Packet, E: Table + Affinities + Flows + Node>(
     side: Side,
     link: Link,
 ) -> Verdict {
-    let mut link = link;
-    let mut opened = false;
-    let mut stage = match side {
+    let stage = match side {
         Side::Ingress => ingress(packet, env, work, link),
         Side::Egress => egress(packet, env, work),
     };
+    go_on(packet, env, work, (side, link), stage)
+}
+
+#[inline(always)]
+fn go_on<P: Packet, E: Table + Affinities + Flows + Node>(
+    packet: &mut P,
+    env: &E,
+    work: &mut Work,
+    (side, mut link): (Side, Link),
+    mut stage: Stage,
+) -> Verdict {
+    let mut opened = false;
     loop {
         let wrapped = matches!(link, Link::Tunnel);
         stage = match stage {
@@ -740,7 +463,8 @@ pub fn run_long<P: Packet, E: Table + Affinities + Flows + Node>(
             }
             Stage::Open => {
                 opened = true;
-                open(packet, env, work, link)
+                work.now_s = env.now_s();
+                open::open(packet, env, work, link)
             }
             Stage::Unwrap => {
                 link = Link::Tunnel;
@@ -748,7 +472,7 @@ pub fn run_long<P: Packet, E: Table + Affinities + Flows + Node>(
             }
             Stage::Again if wrapped => tunnel::unwrap(packet, env, work),
             Stage::Again => ingress(packet, env, work, link),
-            Stage::Icmp => icmp::error(packet, env, work, side, wrapped),
+            Stage::Icmp => icmp::error(packet, env, work, side, link),
             Stage::Answer(answer) => Stage::Done(answer::give(packet, env, work, answer)),
         }
     }

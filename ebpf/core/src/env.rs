@@ -3,8 +3,9 @@
 
 use crate::balance::Work;
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend,
-    Frontend4Key, Frontend6Key, MemberKey, ReverseEntry, ReverseKey, ReverseValue, Slot, node_addr_flag,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Door, Flow, FlowKey, Fragment, FragmentKey,
+    Frontend, Frontend4Key, Frontend6Key, MemberKey, ReverseEntry, ReverseKey, ReverseValue, Slot,
+    node_addr_flag,
 };
 
 /// The service table as a program reads it. Every getter returns a copy that was read once.
@@ -161,6 +162,8 @@ pub trait Node {
     fn has_socket(&self, key: &FlowKey) -> bool;
     /// Asks the routing table.
     fn route(&self, journey: &Journey) -> Way;
+    /// The door at a place ([`Flow::door`]), which need not be one; `None` when a later hook is to see to it.
+    fn door(&self, place: u16) -> Option<Door>;
     /// Counts an answer of a kind (of [`sheave_ebpf_abi::answer_kind`]); gives how many this processor has made this second.
     fn answered(&self, kind: u32) -> u32;
     /// Tells a listener what became of the packet in `work`: a refusal, or a connection ([`Counter::Opened`]) with what

@@ -3,13 +3,15 @@
 //! the prog suite for the loaded programs.
 
 use sheave_ebpf_abi::{Address, Config, PROTO_TCP, PROTO_UDP, Plain as _};
-use sheave_ebpf_core::balance::first_other_port;
+use sheave_ebpf_core::open::first_other_port;
 use sheave_ebpf_core::packet::{self, Headers};
 use std::net::IpAddr;
 use std::vec::Vec;
 
 #[path = "golden_direct.rs"]
 pub mod direct;
+#[path = "golden_doors.rs"]
+pub mod doors;
 
 /// TCP flags of a connection's first packet.
 pub const SYN: u8 = 0x02;
@@ -273,6 +275,8 @@ pub enum Hook {
     Ingress,
     /// From a pod.
     PodIngress,
+    /// From a pod whose sockets need no help.
+    PodAnswer,
     /// Towards outside, or towards a pod.
     Egress,
 }
@@ -284,6 +288,8 @@ pub enum Out {
     Pass(Vec<u8>),
     /// Out of another device, like this.
     Redirect(Vec<u8>),
+    /// Into a pod's namespace, like this.
+    Enter(Vec<u8>),
     /// Back, like this.
     Reply(Vec<u8>),
     /// Gone.

@@ -34,6 +34,7 @@ struct Kernel {
     members: HashMap<MemberKey, u32>,
     told: RefCell<Vec<(Counter, Address)>>,
     ranges: Vec<(u32, Address, u32)>,
+    doors: RefCell<HashMap<u16, Door>>,
     peers: RefCell<HashMap<u32, ReverseEntry>>,
     owners: RefCell<HashMap<u32, u64>>,
     stored: RefCell<Option<ReverseEntry>>,

@@ -1,13 +1,13 @@
 //! ICMP and ICMPv6 errors about translated packets. Invariant: who gets the error finds in it the packet that it sent,
 //! with every checksum as right as it was.
 
-use crate::balance::{self, PASS, Side, Stage, Work, redirect};
+use crate::balance::{self, Link, PASS, Side, Stage, Verdict, Work};
 use crate::env::{Flows, Journey, Node, Packet, Table, Way};
 use crate::packet::{
     ETHER_LEN, Headers, ICMP_LEN, IPV4_ADDRESSES, IPV4_CHECK, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Kind,
     TCP_CHECK, Tuple, UDP_CHECK, address6, bytes_of, bytes_of_ports, chain, pair4, pair6, parse_apart, word,
 };
-use crate::{answer, checksum, tunnel};
+use crate::{answer, checksum, door, packet, tunnel};
 use sheave_ebpf_abi::{Address, Counter, FlowKey, PROTO_TCP, PROTO_UDP, flow_flag};
 
 /// Where the checksum lies in an ICMP header.
@@ -128,15 +128,16 @@ pub(crate) fn find<P: Packet, E: Flows>(packet: &P, env: &E, work: &mut Work) ->
 }
 
 /// An ICMP error at a device. It goes the way that answers to the packet that it quotes go, and is translated where
-/// they are. `wrapped`: it was taken out of a header here, so nobody but its flow may have it.
+/// they are. At [`Link::Tunnel`] it was taken out of a header, so nobody but its flow may have it.
 #[inline(always)]
 pub fn error<P: Packet, E: Table + Flows + Node>(
     packet: &mut P,
     env: &E,
     work: &mut Work,
     side: Side,
-    wrapped: bool,
+    link: Link,
 ) -> Stage {
+    let wrapped = matches!(link, Link::Tunnel);
     if !wrapped && matches!(side, Side::Ingress) && tunnel::is_about_one(packet, env, work) {
         return tunnel::tell_client(packet, env, work);
     }
@@ -148,8 +149,10 @@ pub fn error<P: Packet, E: Table + Flows + Node>(
         return PASS;
     }
     let (headers, flow) = (&work.headers, &work.flow);
+    let ingress = matches!(side, Side::Ingress);
+    let past = ingress && door::is_open(env, flow.door);
     let at_egress = flow.flags & (flow_flag::REPLY | flow_flag::SNAT) == flow_flag::REPLY;
-    if at_egress != matches!(side, Side::Egress) {
+    if at_egress == ingress && !(past && matches!(link, Link::Pod)) {
         return PASS;
     }
     if flow.flags & flow_flag::TUNNEL != 0 {
@@ -162,16 +165,21 @@ pub fn error<P: Packet, E: Table + Flows + Node>(
     let src = if headers.src == work.key.src || forward_snat { flow.src } else { headers.src };
     work.quote.outer = Tuple { src, dst: flow.dst, sport: 0, dport: 0 };
     work.quote.inner = Tuple { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport };
-    if snat && !find_way(packet, env, work) {
+    if (snat || past) && !find_way(packet, env, work) {
         env.count(Counter::NoRoute);
         return balance::DROP;
     }
-    if !(restore(packet, work) && readdress(packet, &work.headers, &work.quote.outer)) {
+    let (headers, way) = (&work.headers, if snat || past { Verdict::Redirect } else { Verdict::Pass });
+    let hop = |packet: &mut P| packet::pass_hop(packet, headers.v6, headers.proto, headers.hops);
+    let done = restore(packet, work)
+        && readdress(packet, headers, &work.quote.outer)
+        && (way == Verdict::Pass || hop(packet));
+    if !done {
         env.count(Counter::RewriteFailed);
         return balance::DROP;
     }
     env.count(Counter::IcmpTranslated);
-    if snat { Stage::Done(redirect(packet, env, &work.headers)) } else { PASS }
+    Stage::Done(way)
 }
 
 /// Finds where the error goes on when it must not meet the stack.

@@ -71,6 +71,8 @@ pub struct Headers {
     pub l4: u32,
     /// Identification of a fragment, as it lies in the packet.
     pub id: u32,
+    /// Checksum of the IPv4 header, as it lies in the packet.
+    pub check: u16,
 }
 
 impl Headers {
@@ -144,6 +146,7 @@ pub const NOTHING: Headers = Headers {
     whole: true,
     l4: 0,
     id: 0,
+    check: 0,
 };
 
 /// The four bytes at `at` as a word of an address. `at` is a constant at every caller.
@@ -182,8 +185,39 @@ const fn is_transport(proto: u8) -> bool {
     proto == PROTO_TCP || proto == PROTO_UDP
 }
 
+/// A whole TCP or UDP packet behind a plain IPv4 header, which nearly all are, read at once. False for all others, whose
+/// `headers` have no meaning then.
+#[inline(always)]
+fn parse_plain_v4<P: Packet>(packet: &P, headers: &mut Headers) -> bool {
+    let Some([w0, w1, w2, src, dst, ports, _, _, w8]) = packet.words::<9>() else { return false };
+    let ([first, ..], [i0, i1, f0, f1]) = (w0.to_ne_bytes(), w1.to_ne_bytes());
+    let ([hops, proto, c0, c1], [s0, s1, d0, d1]) = (w2.to_ne_bytes(), ports.to_ne_bytes());
+    // The bit that more fragments follow, and the fragment's offset.
+    if first != 0x45 || f0 & 0x3f != 0 || f1 != 0 || !is_transport(proto) {
+        return false;
+    }
+    *headers = Headers {
+        src: Address::v4(src),
+        dst: Address::v4(dst),
+        sport: u16::from_ne_bytes([s0, s1]),
+        dport: u16::from_ne_bytes([d0, d1]),
+        proto,
+        tcp_flags: if proto == PROTO_TCP { w8.to_ne_bytes()[1] } else { 0 },
+        hops,
+        v6: false,
+        whole: true,
+        l4: ETHER_LEN + IPV4_LEN,
+        id: u32::from(u16::from_ne_bytes([i0, i1])),
+        check: u16::from_ne_bytes([c0, c1]),
+    };
+    true
+}
+
 #[inline(always)]
 fn parse_v4<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
+    if parse_plain_v4(packet, headers) {
+        return Kind::Transport;
+    }
     let mut ip = [0; 20];
     if !packet.read(ETHER_LEN, &mut ip) {
         return Kind::Bad;
@@ -204,6 +238,7 @@ fn parse_v4<P: Packet>(packet: &P, headers: &mut Headers) -> Kind {
     headers.v6 = false;
     headers.l4 = ETHER_LEN + len;
     headers.id = u32::from(u16::from_ne_bytes([ip[4], ip[5]]));
+    headers.check = u16::from_ne_bytes([ip[10], ip[11]]);
     // A fragment offset, or the bit that more fragments follow.
     let (later, more) = (ip[6] & 0x1f != 0 || ip[7] != 0, ip[6] & 0x20 != 0);
     if tunnel {
@@ -367,16 +402,17 @@ pub fn bytes_of<const W: usize, const N: usize>(words: &[u32; W]) -> [u8; N] {
     out
 }
 
-/// Gives the packet another source and destination. False when it could not be changed wholly, or when the families
-/// differ: it must not go on then.
+/// Gives the packet another source and destination, and takes one off its TTL or hop limit where it is forwarded past the
+/// stack (`passes`). False when it could not be changed wholly, or when the families differ: it must not go on then.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple) -> bool {
+pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple, passes: bool) -> bool {
     let udp = headers.proto == PROTO_UDP;
     let check = headers.l4 + if udp { UDP_CHECK } else { TCP_CHECK };
     let done = if headers.v6 {
         addresses6(packet, headers, new, check, udp)
+            && (!passes || pass_hop(packet, true, headers.proto, headers.hops))
     } else {
-        addresses4(packet, headers, new, check, udp)
+        header4(packet, headers, new, (check, udp), passes)
     };
     if !done {
         return false;
@@ -397,14 +433,28 @@ pub fn bytes_of_ports(sport: u16, dport: u16) -> [u8; 4] {
     [a, b, c, d]
 }
 
+/// From the TTL to the addresses in one piece. The header's checksum makes up for all of it.
 #[inline(always)]
-fn addresses4<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple, check: u32, udp: bool) -> bool {
+fn header4<P: Packet>(
+    packet: &mut P,
+    headers: &Headers,
+    new: &Tuple,
+    (check, udp): (u32, bool),
+    passes: bool,
+) -> bool {
     let Some(old) = pair4(&headers.src, &headers.dst) else { return false };
     let Some(new) = pair4(&new.src, &new.dst) else { return false };
     let diff = checksum::diff(&old, &new);
-    (!headers.whole || packet.fix_l4(check, diff, true, udp))
-        && packet.fix_l3(ETHER_LEN + IPV4_CHECK, diff)
-        && packet.store::<8>(ETHER_LEN + IPV4_ADDRESSES, bytes_of(&new), false)
+    if headers.whole && !packet.fix_l4(check, diff, true, udp) {
+        return false;
+    }
+    let (hops, proto) = (headers.hops, headers.proto);
+    let left = if passes { hops.wrapping_sub(1) } else { hops };
+    let word = |hops: u8| u16::from_ne_bytes([hops, proto]);
+    let sum = checksum::apply(headers.check, checksum::add(diff, checksum::diff16(word(hops), word(left))));
+    let ([c0, c1], [s, d]) = (sum.to_ne_bytes(), new.map(u32::to_ne_bytes));
+    let bytes = [left, proto, c0, c1, s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3]];
+    packet.store::<12>(ETHER_LEN + IPV4_TTL, bytes, false)
 }
 
 /// IPv6 has no header checksum that makes up for the new addresses, so this store changes the packet's sum.

@@ -22,7 +22,7 @@ use crate::packet::{
     self, ETHER_LEN, Headers, ICMP_LEN, IPV4_LEN, IPV6_LEN, Kind, PROTO_IPIP, PROTO_IPV6, Tuple, address6,
     bytes_of, pair6, parse_apart, word,
 };
-use crate::{checksum, flow, icmp, resolve};
+use crate::{checksum, flow, icmp, open, resolve};
 use sheave_ebpf_abi::{Address, Counter, Flow, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP, flow_flag};
 
 /// Endpoints of one node that are looked through for the one that a header names; a node has fewer pods.
@@ -105,7 +105,7 @@ pub fn wrap<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work
         env.count(Counter::Expired);
         return if transport { Stage::Answer(Answer::HopLimit) } else { DROP };
     }
-    let Some(src) = balance::source(env, headers) else {
+    let Some(src) = open::source(env, headers) else {
         return balance::drop(env, work, Counter::NoNodeAddress);
     };
     let extra = room(headers.v6);
@@ -332,16 +332,18 @@ pub fn unwrap<P: Packet, E: Table + Flows + Node>(packet: &mut P, env: &E, work:
         Kind::IcmpError => return unwrap_error(packet, env, work),
         _ => return PASS,
     }
-    if let Some(flow) = env.flow(&work.key)
-        && leads_to(&flow, &work.outer[1])
-    {
+    let held = env.flow(&work.key);
+    work.known = held.is_some();
+    if let Some(flow) = held {
         work.flow = flow;
+    }
+    if work.known && leads_to(&work.flow, &work.outer[1]) {
         work.now_s = env.now_s();
         if flow::keeps(env, work) && flow::note(env, work) {
             if !take_off(packet, env, v6) {
                 return DROP;
             }
-            let snat = flow.flags & flow_flag::SNAT != 0;
+            let snat = work.flow.flags & flow_flag::SNAT != 0;
             return if snat {
                 balance::travel(packet, env, work)
             } else {

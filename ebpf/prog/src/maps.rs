@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use core::ptr::{read_volatile, write_volatile};
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Door, Event, Flow, FlowKey, Fragment, FragmentKey,
     Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable, MemberKey, Plain, ReverseEntry,
     ReverseKey, ReverseValue, Slot, answer_kind, call, map,
 };
@@ -64,6 +64,8 @@ pub static MARKS: Array<u32, { map::MARKS_MAX }> = Array::new();
 pub static LISTEN: Array<u32, 1> = Array::new();
 #[btf_map(name = "shv_answers")]
 pub static ANSWERS: PerCpuArray<u64, { answer_kind::COUNT }> = PerCpuArray::new();
+#[btf_map(name = "shv_doors")]
+pub static DOORS: Array<Door, { map::DOORS_MAX }> = Array::new();
 
 #[btf_map(name = "shv_work")]
 static WORK: PerCpuArray<[u64; WORK_WORDS], 1> = PerCpuArray::new();

@@ -1,7 +1,7 @@
 //! The node that a packet at a device came to. Invariant: what the kernel answers is handed on as it is.
 
 use crate::event::tell;
-use crate::maps::{self, ANSWERS, FLOWS, FRAGMENTS, MARKS, Maps, RANGES};
+use crate::maps::{self, ANSWERS, DOORS, FLOWS, FRAGMENTS, MARKS, Maps, RANGES};
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_F_CURRENT_NETNS, BPF_NOEXIST, bpf_sock_tuple},
@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use core::mem::MaybeUninit;
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Event, Flow, FlowKey, Fragment, FragmentKey,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Door, Event, Flow, FlowKey, Fragment, FragmentKey,
     Frontend, Frontend4Key, Frontend6Key, MemberKey, PROTO_TCP, Plain as _, Slot, event_hook, event_kind,
 };
 use sheave_ebpf_core::balance::Work;
@@ -265,6 +265,14 @@ impl<C: Hook> Node for Env<'_, C> {
         let next_hop = if fib.family == AF_INET { Address::v4(fib.dst[0]) } else { Address::v6(fib.dst) };
         // The kernel finds the neighbour when it sends the packet.
         Way::To(Route { device: fib.device, next_hop, link: [0; 12], has_link: false })
+    }
+
+    #[inline(always)]
+    fn door(&self, place: u16) -> Option<Door> {
+        if C::EARLY {
+            return None;
+        }
+        Some(DOORS.get_ptr(u32::from(place)).map_or(Door::zeroed(), copy))
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@ use crate::maps::{self, CALLS};
 use crate::skb::Env;
 use aya_ebpf::{
     bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
-    helpers::generated::{bpf_redirect, bpf_redirect_neigh},
+    helpers::generated::{bpf_ktime_get_ns, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     macros::classifier,
     programs::TcContext,
 };
@@ -16,18 +16,24 @@ use sheave_ebpf_abi::{Counter, call};
 use sheave_ebpf_core::answer::{self, Answer};
 use sheave_ebpf_core::balance::{self, Link, Side, Stage, Verdict, Work};
 use sheave_ebpf_core::env::{Route, Table as _};
-use sheave_ebpf_core::{icmp, quick, tunnel};
+use sheave_ebpf_core::{icmp, open, quick, tunnel};
 use sheave_ebpf_kernel::frame::Skb;
 
 /// What is carried from program to program in the packet's control block: the device's kind and side, and the answer.
 /// The first word is cleared when the way ends, for a control block is handed on with the packet.
 const WORD_WHERE: usize = 0;
 const WORD_ANSWER: usize = 1;
+/// Two words: the ticket of the packet for a program that goes on with the work area as it is.
+const WORD_TICKET: usize = 2;
 const AT_UPLINK: u32 = 0x5e01;
 const AT_POD: u32 = 0x5e02;
 const LEAVING: u32 = 0x5e03;
 /// At an uplink, within a header.
 const WRAPPED: u32 = 0x5e04;
+/// On its way out by a redirection, translated: nobody translates it again. The answer's word says so too, since what the
+/// stack sends has what it likes in the first.
+const SENT: u32 = 0x5e05;
+const SENT_TOO: u32 = 0x7368_7665;
 /// A bit of the first word: a flow was written for the packet already.
 const OPENED: u32 = 0x100;
 
@@ -45,8 +51,25 @@ pub fn shv_pod_ingress(ctx: TcContext) -> i32 {
     ingress(&ctx, Link::Pod, AT_POD)
 }
 
+/// Where the pods' sockets need no help, but their answers go past the stack.
+#[classifier]
+pub fn shv_pod_answer(ctx: TcContext) -> i32 {
+    // As for what leaves: only what has a flow is of interest.
+    if quick::passes(&Skb { ctx: &ctx }, &Env { ctx: &ctx }, Side::Egress) {
+        return TC_ACT_UNSPEC;
+    }
+    set(&ctx, WORD_WHERE, AT_POD);
+    let Some(work) = maps::work() else { return TC_ACT_UNSPEC };
+    let stage = balance::from_pod(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work);
+    go_on(&ctx, work, stage)
+}
+
 #[classifier]
 pub fn shv_tc_egress(ctx: TcContext) -> i32 {
+    if get(&ctx, WORD_WHERE) == SENT && get(&ctx, WORD_ANSWER) == SENT_TOO {
+        set(&ctx, WORD_WHERE, 0);
+        return TC_ACT_UNSPEC;
+    }
     if quick::passes(&Skb { ctx: &ctx }, &Env { ctx: &ctx }, Side::Egress) {
         return TC_ACT_UNSPEC;
     }
@@ -65,14 +88,15 @@ pub fn shv_tc_open(ctx: TcContext) -> i32 {
         Env { ctx: &ctx }.count(Counter::FlowFull);
         return TC_ACT_SHOT as i32;
     }
-    set(&ctx, WORD_WHERE, place | OPENED);
-    let link = match place {
-        AT_POD => Link::Pod,
-        WRAPPED => Link::Tunnel,
-        _ => Link::Uplink,
-    };
     let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
-    let stage = balance::open(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, link);
+    let ticket = u64::from(get(&ctx, WORD_TICKET)) | u64::from(get(&ctx, WORD_TICKET + 1)) << 32;
+    if ticket == 0 || work.ticket != ticket {
+        // While the programs are replaced one may call another that has its own work area.
+        return go_on(&ctx, work, Stage::Again);
+    }
+    work.ticket = 0;
+    set(&ctx, WORD_WHERE, place | OPENED);
+    let stage = open::open(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, link(place));
     go_on(&ctx, work, stage)
 }
 
@@ -82,7 +106,7 @@ pub fn shv_tc_icmp(ctx: TcContext) -> i32 {
     let place = get(&ctx, WORD_WHERE);
     let side = if place == LEAVING { Side::Egress } else { Side::Ingress };
     let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
-    let stage = icmp::error(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, side, place == WRAPPED);
+    let stage = icmp::error(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, side, link(place));
     go_on(&ctx, work, stage)
 }
 
@@ -121,10 +145,17 @@ fn ingress(ctx: &TcContext, link: Link, place: u32) -> i32 {
 }
 
 #[inline(always)]
-fn go_on(ctx: &TcContext, work: &Work, stage: Stage) -> i32 {
+fn go_on(ctx: &TcContext, work: &mut Work, stage: Stage) -> i32 {
     let next = match stage {
         Stage::Done(verdict) => return code(ctx, work, verdict),
-        Stage::Open => call::OPEN,
+        Stage::Open => {
+            // SAFETY: the helper takes nothing and cannot fail.
+            work.ticket = unsafe { bpf_ktime_get_ns() };
+            work.now_s = (work.ticket / 1_000_000_000) as u32;
+            set(ctx, WORD_TICKET, work.ticket as u32);
+            set(ctx, WORD_TICKET + 1, (work.ticket >> 32) as u32);
+            call::OPEN
+        }
         Stage::Again => match get(ctx, WORD_WHERE) & !OPENED {
             AT_POD => call::POD_INGRESS,
             WRAPPED => call::UNWRAP,
@@ -143,14 +174,29 @@ fn go_on(ctx: &TcContext, work: &Work, stage: Stage) -> i32 {
     TC_ACT_SHOT as i32
 }
 
+#[inline(always)]
+const fn link(place: u32) -> Link {
+    match place {
+        AT_POD => Link::Pod,
+        WRAPPED => Link::Tunnel,
+        _ => Link::Uplink,
+    }
+}
+
 /// `TC_ACT_UNSPEC` hands the packet to the next program on a clsact qdisc and, as TCX_NEXT, on a tcx hook.
 #[inline(always)]
 fn code(ctx: &TcContext, work: &Work, verdict: Verdict) -> i32 {
-    set(ctx, WORD_WHERE, 0);
+    let sent = matches!(verdict, Verdict::Redirect);
+    set(ctx, WORD_WHERE, if sent { SENT } else { 0 });
     match verdict {
         Verdict::Pass => TC_ACT_UNSPEC,
         Verdict::Drop => TC_ACT_SHOT as i32,
-        Verdict::Redirect => redirect(&work.route),
+        Verdict::Redirect => {
+            set(ctx, WORD_ANSWER, SENT_TOO);
+            redirect(&work.route)
+        }
+        // SAFETY: the helper takes numbers only.
+        Verdict::Enter => (unsafe { bpf_redirect_peer(work.route.device, 0) }) as i32,
         Verdict::Reply => {
             // SAFETY: the context is valid for the whole program and the field may be read as 32 bits.
             let device = unsafe { read_volatile(addr_of!((*ctx.skb.skb).ifindex)) };

@@ -41,14 +41,18 @@ pub(super) const UPLINK_HOOKS: &[DeviceHook] =
 pub(super) const POD_HOOKS: &[DeviceHook] =
     &[("shv_tc_egress", "egress", 47), ("shv_pod_ingress", "ingress", 46)];
 
-/// The programs that the device programs continue in, by their place in the map of calls.
+/// The program that attaches to a pod's device where only its answers matter.
+pub(super) const ANSWER_HOOKS: &[DeviceHook] = &[("shv_pod_answer", "ingress", 46)];
+
+/// The programs that the device programs continue in, by their place in the map of calls. They are put there in this order:
+/// one that finds another's work area in its packet's place calls those that begin, which must be of its own kind then.
 pub(super) const CALLS: &[(u32, &str)] = &[
-    (call::OPEN, "shv_tc_open"),
     (call::INGRESS, "shv_tc_ingress"),
     (call::POD_INGRESS, "shv_pod_ingress"),
     (call::ICMP, "shv_tc_icmp"),
     (call::ANSWER, "shv_tc_answer"),
     (call::UNWRAP, "shv_tc_unwrap"),
+    (call::OPEN, "shv_tc_open"),
 ];
 
 /// Whose programs are at a device: policies judge what a pod sends before services translate it, and what it receives

@@ -71,6 +71,7 @@ pub(super) const SHAPES: &[Shape] = &[
     shape::<u32, u32>(map::MARKS, kind::ARRAY, 0),
     shape::<u32, u32>(map::LISTEN, kind::ARRAY, 0),
     shape::<u32, u64>(map::ANSWERS, kind::PERCPU_ARRAY, 0),
+    shape::<u32, abi::Door>(map::DOORS, kind::ARRAY, 0),
 ];
 
 /// Every map of the network object, which are pinned in a directory of their own.

@@ -1,6 +1,7 @@
 //! The eBPF data plane: programs on cgroup and uplink hooks over pinned maps. Invariant: everything that balances is
 //! pinned under `<pin dir>/v<ABI version>/` and does its work without this process; opening adopts what is there.
 
+mod doors;
 mod encode;
 mod events;
 mod flows;
@@ -34,13 +35,13 @@ use crate::service::{
     Abilities, Capacity, Changes, FrontendEntry, FrontendKey, FrontendKind, Observed, maglev,
 };
 use aya::Ebpf;
-use link::{CALLS, CGROUP_HOOKS, DeviceHook, LINKS, Order, POD_HOOKS, Target, UPLINK_HOOKS};
+use link::{ANSWER_HOOKS, CALLS, CGROUP_HOOKS, DeviceHook, LINKS, Order, POD_HOOKS, Target, UPLINK_HOOKS};
 use map::Map;
 use sheave_ebpf_abi::{
-    ABI_VERSION, Address, Backend, Config, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS,
-    MaglevTable, MemberKey, RangeKey, Slot, config_flag, map as names,
+    ABI_VERSION, Address, Backend, Config, Door, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key,
+    MAGLEV_SLOTS, MaglevTable, MemberKey, RangeKey, Slot, config_flag, map as names,
 };
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -186,6 +187,7 @@ pub struct EbpfDataplane {
     /// Their flags are of these settings.
     told_addresses: bool,
     nets: nets::Nets,
+    doors: doors::Doors,
     /// Frontends of every address of the node with ports beyond the range of NodePorts.
     beyond_range: BTreeSet<FrontendKey>,
     sockets: sockets::Ender,
@@ -212,7 +214,7 @@ impl EbpfDataplane {
         let maps = Maps::open(&dir)?;
         let node_addresses = maps.node_addrs.entries(usize::MAX)?;
         let node_addresses = node_addresses.iter().map(|(a, _)| encode::from_address(a)).collect();
-        let nets = nets::Nets::open(&dir)?;
+        let (nets, doors) = (nets::Nets::open(&dir)?, doors::Doors::open(&dir)?);
         let sockets = sockets::Ender::new(&dir, &cgroup, config.stats.clone());
         let mut plane = Self {
             dir,
@@ -223,6 +225,7 @@ impl EbpfDataplane {
             node_addresses,
             told_addresses: false,
             nets,
+            doors,
             beyond_range: BTreeSet::new(),
             sockets,
             prepared: false,
@@ -341,11 +344,29 @@ impl EbpfDataplane {
 
     /// The devices that programs belong at. An uplink is nothing else, whatever its name begins with.
     fn devices(&self) -> Result<Vec<(String, &'static [DeviceHook])>, DataplaneError> {
-        let uplinks = &self.settings.uplinks;
-        let at_pods = self.settings.pod_packets || self.settings.masquerade_all;
-        let pods = if at_pods { uplink::named(&self.settings.pod_links)? } else { Vec::new() };
-        let pods = pods.into_iter().filter(|name| !uplinks.contains(name)).map(|name| (name, POD_HOOKS));
+        let (settings, uplinks) = (&self.settings, &self.settings.uplinks);
+        let at_pods = if settings.pod_packets || settings.masquerade_all {
+            POD_HOOKS
+        } else if settings.host_routing {
+            ANSWER_HOOKS
+        } else {
+            &[]
+        };
+        let pods = if at_pods.is_empty() { Vec::new() } else { uplink::named(&settings.pod_links)? };
+        let pods = pods.into_iter().filter(|name| !uplinks.contains(name)).map(|name| (name, at_pods));
         Ok(uplinks.iter().map(|name| (name.clone(), UPLINK_HOOKS)).chain(pods).collect())
+    }
+
+    /// Opens the doors that have their program by now: a pod may have come since they were looked for.
+    fn open_doors(&mut self, mut doors: BTreeMap<u16, Door>) -> Result<(), DataplaneError> {
+        let mut ready = BTreeSet::new();
+        for (name, hooks) in self.devices()? {
+            if uplink::is_attached(&self.dir, &name, hooks, Order::Services).unwrap_or(false) {
+                ready.insert(uplink::index(&name)?);
+            }
+        }
+        doors.retain(|_, door| ready.contains(&door.device));
+        self.doors.open_all(&doors)
     }
 
     /// Puts the programs that others continue in into their places.
@@ -475,7 +496,9 @@ impl Dataplane for EbpfDataplane {
         let target = Target::cgroup(&self.cgroup)?;
         let digest = sheave_ebpf_object::digest();
         let held = self.config()?;
-        if held.object_digest == digest && self.all_attached(&target)? {
+        let doors = doors::wanted(&self.settings)?;
+        self.doors.keep(&doors)?;
+        if held.object_digest == digest && self.doors.are(&doors) && self.all_attached(&target)? {
             return Ok(Attached::Yes);
         }
         let (dir, devices) = (self.dir.clone(), self.devices()?);
@@ -507,6 +530,7 @@ impl Dataplane for EbpfDataplane {
         uplink::forget_gone(&dir)?;
         uplink::detach_others(&dir, &devices, Order::Services)?;
         self.maps.config.put(&0, &Config { object_digest: digest, ..held })?;
+        self.open_doors(doors)?;
         for other in link::other_versions(&self.dir) {
             remove_version(&other).into_iter().for_each(|error| {
                 tracing::warn!(dir = %other.display(), %error, "left over from another version");

@@ -22,8 +22,11 @@ pub(super) fn config_flags(config: &DataplaneConfig) -> u32 {
             .iter()
             .any(|ip: &IpAddr| ranges.iter().any(|range| range.contains(*ip))),
     };
-    let wanted =
-        [(config.masquerade_all, config_flag::MASQUERADE_ALL), (loopback, config_flag::LOOPBACK_NODE_PORTS)];
+    let wanted = [
+        (config.masquerade_all, config_flag::MASQUERADE_ALL),
+        (loopback, config_flag::LOOPBACK_NODE_PORTS),
+        (config.host_routing, config_flag::HOST_ROUTING),
+    ];
     wanted.into_iter().filter(|(set, _)| *set).fold(0, |flags, (_, flag)| flags | flag)
 }
 

@@ -10,6 +10,7 @@ use aya::Ebpf;
 use aya::programs::links::Link as _;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle};
 use aya::programs::{Program, SchedClassifier};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -38,12 +39,41 @@ pub(super) fn index(name: &str) -> Result<u32, DataplaneError> {
         .map_err(|e| DataplaneError::Attach { hook: format!("device {name}"), source: e.into() })
 }
 
+const TCX: &str = "tcx";
+const CLSACT: &str = "clsact";
+
 fn tcx_pin(dir: &Path, index: u32, direction: &str) -> PathBuf {
-    dir.join(LINKS).join(format!("tcx_{index}_{direction}"))
+    dir.join(LINKS).join(format!("{TCX}_{index}_{direction}"))
 }
 
 fn clsact_pin(dir: &Path, index: u32, direction: &str) -> PathBuf {
-    dir.join(LINKS).join(format!("clsact_{index}_{direction}"))
+    dir.join(LINKS).join(format!("{CLSACT}_{index}_{direction}"))
+}
+
+/// What the name of a pin at a device says.
+struct PinName {
+    /// The kind of hook, of XDP too.
+    kind: String,
+    index: u32,
+    /// Empty for XDP.
+    direction: String,
+}
+
+impl PinName {
+    /// `None` where it is no such pin.
+    fn read(pin: &Path) -> Option<Self> {
+        let file = pin.file_name()?.to_str()?;
+        let mut parts = file.split('_');
+        let (kind, index) = (parts.next()?, parts.next()?.parse().ok()?);
+        let direction = parts.next().unwrap_or_default().to_owned();
+        [TCX, CLSACT, "xdp"].contains(&kind).then(|| Self { kind: kind.to_owned(), index, direction })
+    }
+}
+
+/// Every pin of a link or filter, with what its name says where it is at a device.
+fn pins(dir: &Path) -> impl Iterator<Item = (PathBuf, PinName)> {
+    let entries = fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.filter_map(|path| PinName::read(&path).map(|name| (path, name)))
 }
 
 /// Names of the devices that begin with one of `prefixes`.
@@ -95,13 +125,8 @@ pub(super) fn is_attached(
 
 /// Removes the pins of uplinks whose device is gone: their links are severed for good.
 pub(super) fn forget_gone(dir: &Path) -> Result<(), DataplaneError> {
-    for entry in fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten() {
-        let file = entry.file_name().to_string_lossy().into_owned();
-        let mut parts = file.split('_');
-        let (Some("tcx" | "clsact" | "xdp"), Some(index)) = (parts.next(), parts.next()) else { continue };
-        if index.parse().is_ok_and(|index| super::device_name(index).is_none()) {
-            link::unlink(&entry.path())?;
-        }
+    for (path, _) in pins(dir).filter(|(_, name)| super::device_name(name.index).is_none()) {
+        link::unlink(&path)?;
     }
     Ok(())
 }
@@ -196,24 +221,21 @@ fn keep(classifier: &mut SchedClassifier, id: tc::SchedClassifierLinkId) -> io::
     Ok(())
 }
 
-/// Pins of programs at devices that are there and none of `devices`.
+/// Pins of programs at devices that are there, but not at one of these hooks.
 pub(super) fn others(dir: &Path, devices: &[(String, &'static [DeviceHook])]) -> Vec<PathBuf> {
-    let wanted: Vec<u32> = devices.iter().filter_map(|(name, _)| index(name).ok()).collect();
-    let entries = fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten().map(|entry| entry.path());
-    entries
-        .filter(|path| {
-            let file = path.file_name().unwrap_or_default().to_string_lossy();
-            let mut parts = file.split('_');
-            let (Some("tcx" | "clsact"), Some(Ok(index))) = (parts.next(), parts.next().map(str::parse))
-            else {
-                return false;
-            };
-            !wanted.contains(&index) && super::device_name(index).is_some()
-        })
-        .collect()
+    let hooks = devices.iter().filter_map(|(name, hooks)| Some((index(name).ok()?, *hooks)));
+    let wanted: BTreeSet<(u32, &str)> = hooks
+        .flat_map(|(index, hooks)| hooks.iter().map(move |(_, direction, _)| (index, *direction)))
+        .collect();
+    let is_other = |name: &PinName| {
+        name.kind != "xdp"
+            && !wanted.contains(&(name.index, name.direction.as_str()))
+            && super::device_name(name.index).is_some()
+    };
+    pins(dir).filter(|(_, name)| is_other(name)).map(|(path, _)| path).collect()
 }
 
-/// Takes the programs off devices that are none of `devices`, as after a change of settings.
+/// Takes the programs off hooks that are none of those of `devices`, as after a change of settings.
 pub(super) fn detach_others(
     dir: &Path,
     devices: &[(String, &'static [DeviceHook])],
@@ -233,24 +255,22 @@ pub(super) fn detach_others(
 
 /// Removes our clsact filters that pins in `dir` tell of. Devices that are gone took theirs with them.
 pub(super) fn detach_clsact(dir: &Path, order: Order) -> Vec<DataplaneError> {
-    let entries = fs::read_dir(dir.join(LINKS)).into_iter().flatten().flatten();
-    entries.filter_map(|entry| detach_filter(&entry.path(), order).err()).collect()
+    pins(dir).filter_map(|(path, _)| detach_filter(&path, order).err()).collect()
 }
 
 /// Removes the clsact filter that a pin tells of, if it is one that does.
 fn detach_filter(pin: &Path, order: Order) -> Result<(), DataplaneError> {
-    let file = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut parts = file.split('_');
-    let (Some("clsact"), Some(index), Some(direction)) = (parts.next(), parts.next(), parts.next()) else {
-        return Ok(());
-    };
-    let Some(name) = index.parse().ok().and_then(super::device_name) else { return Ok(()) };
-    let priority = priority(order, direction);
-    let removed = SchedClassifierLink::attached(&name, attach_type(direction), priority, HANDLE, None)
+    let Some(PinName { kind, index, direction }) = PinName::read(pin) else { return Ok(()) };
+    let Some(name) = super::device_name(index).filter(|_| kind == CLSACT) else { return Ok(()) };
+    let priority = priority(order, &direction);
+    let removed = SchedClassifierLink::attached(&name, attach_type(&direction), priority, HANDLE, None)
         .map_err(|source| (is_gone(&source), source))
         .and_then(|held| held.detach().map_err(|e| (is_gone(&e), io::Error::other(e))));
     match removed {
-        Err((false, source)) => Err(DataplaneError::Attach { hook: file, source }),
+        Err((false, source)) => {
+            let hook = format!("{CLSACT} {name} {direction}");
+            Err(DataplaneError::Attach { hook, source })
+        }
         _ => Ok(()),
     }
 }

@@ -65,6 +65,7 @@ mod tests {
             mac: Some([2, 0, 0, 0, 0, 1]),
             peer: Some(7),
             queued: false,
+            across: false,
         };
         let pod = Observed {
             link: Some(link),

@@ -269,7 +269,9 @@ pub(super) fn link(message: &Message) -> Option<Link> {
         mac: None,
         peer: None,
         queued: false,
+        across: false,
     };
+    let (mut pair, mut elsewhere) = (false, false);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
@@ -281,9 +283,13 @@ pub(super) fn link(message: &Message) -> Option<Link> {
             LinkAttribute::Qdisc(kind) => link.queued = !matches!(kind.as_str(), "noqueue" | "noop"),
             // Not the running flag: that one is also set while the state is not known yet.
             LinkAttribute::OperState(state) => link.running = link.up && *state == State::Up,
+            LinkAttribute::LinkInfo(info) => pair = info.contains(&LinkInfo::Kind(InfoKind::Veth)),
+            // Said only where it is another one than the link's own.
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             _ => {}
         }
     }
+    link.across = pair && elsewhere;
     Some(link)
 }
 

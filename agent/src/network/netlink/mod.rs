@@ -50,6 +50,24 @@ pub(crate) fn has_link(name: &str) -> io::Result<bool> {
     Ok(Connection::open()?.link(name)?.is_some())
 }
 
+/// What a pod's device is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PodDevice {
+    /// Its index.
+    pub(crate) index: u32,
+    /// Bytes of the largest IP packet that it takes.
+    pub(crate) mtu: u32,
+    /// It is one end of a pair whose other end is in another network namespace.
+    pub(crate) across: bool,
+}
+
+/// The links of the calling thread's network namespace whose name begins with one of `prefixes`.
+pub(crate) fn pod_devices(prefixes: &[String]) -> io::Result<Vec<PodDevice>> {
+    let links = Connection::open()?.links()?.into_iter();
+    let ours = links.filter(|link| prefixes.iter().any(|prefix| link.name.starts_with(prefix.as_str())));
+    Ok(ours.map(|Link { index, mtu, across, .. }| PodDevice { index, mtu, across }).collect())
+}
+
 /// Removes a link from the calling thread's network namespace; false where there was none.
 pub(crate) fn delete_link(name: &str) -> io::Result<bool> {
     Connection::open()?.delete_link(name)
@@ -92,6 +110,8 @@ pub(super) struct Link {
     pub(super) peer: Option<u32>,
     /// What it sends waits in a queue that somebody gave it, or that its kind has.
     pub(super) queued: bool,
+    /// One end of a pair of Ethernet devices whose other end is in another network namespace.
+    pub(super) across: bool,
 }
 
 /// An address of a link.

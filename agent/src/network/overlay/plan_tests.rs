@@ -19,6 +19,7 @@ fn tunnel_link(index: u32, name: &str, mtu: u32) -> TunnelLink {
         mac: Some([2; 6]),
         peer: None,
         queued: false,
+        across: false,
     };
     TunnelLink { link, vxlan: None }
 }

@@ -4,6 +4,7 @@ use super::{Kernel, address};
 use crate::balance::{self, Link, Side, Verdict, Work};
 use crate::checksum;
 use crate::env::{Claim, Flows, Journey, Node, Packet, Route, Way};
+use crate::golden::doors::Doors;
 use crate::golden::{self, Frame, Hook, L4, Out, PLACES, Place};
 use crate::quick;
 use sheave_ebpf_abi::*;
@@ -70,7 +71,10 @@ impl Node for Kernel {
         if far && journey.len > golden::REMOTE_MTU {
             return Way::TooBig(golden::REMOTE_MTU);
         }
-        Way::To(Route { device: 7, next_hop: journey.dst, link: [0; 12], has_link: false })
+        Way::To(Route { device: ROUTED.into(), next_hop: journey.dst, link: [0; 12], has_link: false })
+    }
+    fn door(&self, place: u16) -> Option<Door> {
+        Some(self.doors.borrow().get(&place).copied().unwrap_or(Door::zeroed()))
     }
     fn answered(&self, kind: u32) -> u32 {
         let mut answered = self.answered.borrow_mut();
@@ -82,6 +86,9 @@ impl Node for Kernel {
         self.told.borrow_mut().push((reason, work.flow.dst));
     }
 }
+
+/// The device that every route leads to.
+const ROUTED: u16 = 7;
 
 pub(super) struct Bytes(pub(super) Vec<u8>);
 
@@ -183,16 +190,24 @@ pub(super) fn run(kernel: &Kernel, hook: Hook, input: &[u8]) -> Out {
     let mut packet = Bytes(input.to_vec());
     let (side, link) = match hook {
         Hook::Ingress => (Side::Ingress, Link::Uplink),
-        Hook::PodIngress => (Side::Ingress, Link::Pod),
+        Hook::PodIngress | Hook::PodAnswer => (Side::Ingress, Link::Pod),
         Hook::Egress => (Side::Egress, Link::Uplink),
     };
-    let short = quick::passes(&packet, kernel, side);
+    let answers = hook == Hook::PodAnswer;
+    let short = quick::passes(&packet, kernel, if answers { Side::Egress } else { side });
     let traces = || (kernel.flows.borrow().clone(), kernel.counters.borrow().clone());
     let before = short.then(traces);
-    let out = match balance::run_long(&mut packet, kernel, &mut Work::new(), side, link) {
+    let mut work = Work::new();
+    let verdict = if answers {
+        balance::run_answer(&mut packet, kernel, &mut work)
+    } else {
+        balance::run_long(&mut packet, kernel, &mut work, side, link)
+    };
+    let out = match verdict {
         Verdict::Pass => Out::Pass(packet.0),
         Verdict::Drop => Out::Drop,
         Verdict::Redirect => Out::Redirect(packet.0),
+        Verdict::Enter => Out::Enter(packet.0),
         Verdict::Reply => Out::Reply(packet.0),
     };
     if let Some(before) = before {
@@ -266,6 +281,41 @@ fn refusals_are_limited_and_sizes_are_always_told() {
     assert!(matches!(run(&kernel, Hook::Ingress, &large.bytes()), Out::Reply(_)));
     kernel.now_s.set(1);
     assert!(matches!(there(L4::Udp), Out::Reply(_)));
+}
+
+#[test]
+fn golden_doors() {
+    let kernel = golden_kernel();
+    let every = |doors: Doors| {
+        for place in &PLACES {
+            for step in golden::doors::conversation(place, doors) {
+                let at = std::format!("{} at {}, {doors:?}", step.name, place.node);
+                assert_eq!(run(&kernel, step.hook, &step.input), step.output, "{at}");
+            }
+        }
+    };
+    kernel.config_flags.set(config_flag::HOST_ROUTING);
+    for (doors, flags) in [(Doors::Entered, door_flag::ENTER), (Doors::Watched, 0)] {
+        let device = ROUTED.into();
+        kernel.doors.borrow_mut().insert(ROUTED, Door { device, mtu: golden::doors::DOOR_MTU, flags });
+        every(doors);
+        // What was begun goes through the stack on both ways when its door is shut.
+        kernel.doors.borrow_mut().clear();
+        every(Doors::Shut);
+        kernel.flows.borrow_mut().clear();
+    }
+    assert_eq!(kernel.counted(Counter::RewriteFailed), 0);
+    // Another device has the place, or nobody wants it: as ever.
+    let out = || send(&kernel, (V4.client, 9), (V4.node, golden::PORT_LOCAL), L4::Tcp(golden::SYN));
+    let other = Door { device: 0x1_0000 | u32::from(ROUTED), mtu: 1500, flags: door_flag::ENTER };
+    kernel.doors.borrow_mut().insert(ROUTED, other);
+    assert!(matches!(out(), Out::Pass(_)));
+    kernel.flows.borrow_mut().clear();
+    kernel.doors.borrow_mut().insert(ROUTED, Door { device: ROUTED.into(), ..other });
+    assert!(matches!(out(), Out::Enter(_)));
+    kernel.flows.borrow_mut().clear();
+    kernel.config_flags.set(0);
+    assert!(matches!(out(), Out::Pass(_)));
 }
 
 #[test]

@@ -3,8 +3,9 @@
 
 use super::frames::Dice;
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Flow, FlowKey, Fragment, FragmentKey, Frontend,
-    Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MemberKey, Plain as _, Slot, flow_flag, node_addr_flag,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Door, Flow, FlowKey, Fragment, FragmentKey,
+    Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MemberKey, Plain as _, Slot, flow_flag,
+    node_addr_flag,
 };
 use sheave_ebpf_core::balance::Work;
 use sheave_ebpf_core::env::{Affinities, Claim, Flows, Journey, Node, Packet, Route, Table, Way};
@@ -27,8 +28,11 @@ pub(crate) fn address(ip: IpAddr) -> Address {
 /// A map that every run walks in the same order.
 type HashMap<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
 
+/// The device that every route leads to.
+pub(crate) const POD_DEVICE: u32 = 2;
+
 /// The node.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Kernel {
     pub(crate) frontends4: HashMap<Frontend4Key, Frontend>,
     pub(crate) frontends6: HashMap<Frontend6Key, Frontend>,
@@ -37,6 +41,8 @@ pub(crate) struct Kernel {
     pub(crate) members: HashMap<(u32, u32), u32>,
     pub(crate) node: Vec<Address>,
     pub(crate) flags: u32,
+    /// Of the device that every route leads to.
+    pub(crate) door: Door,
     pub(crate) flows: RefCell<HashMap<FlowKey, Flow>>,
     pub(crate) marks: RefCell<HashMap<u32, u32>>,
     pub(crate) answered: RefCell<HashMap<(u32, u32), u32>>,
@@ -49,6 +55,31 @@ pub(crate) struct Kernel {
     pub(crate) dice: RefCell<Option<Dice>>,
     /// Elements that a reader met recycled.
     pub(crate) stale: Cell<usize>,
+}
+
+impl Default for Kernel {
+    fn default() -> Self {
+        Self {
+            frontends4: HashMap::default(),
+            frontends6: HashMap::default(),
+            slots: Vec::new(),
+            backends: HashMap::default(),
+            members: HashMap::default(),
+            node: Vec::new(),
+            flags: 0,
+            door: Door::zeroed(),
+            flows: RefCell::default(),
+            marks: RefCell::default(),
+            answered: RefCell::default(),
+            fragments: RefCell::default(),
+            affinities: RefCell::default(),
+            counters: RefCell::default(),
+            now_s: 0,
+            refuses: 0,
+            dice: RefCell::default(),
+            stale: Cell::default(),
+        }
+    }
 }
 
 impl Kernel {
@@ -193,12 +224,15 @@ impl Node for Kernel {
             0 => Way::None,
             _ if journey.len > 1400 => Way::TooBig(1400),
             n => Way::To(Route {
-                device: 2,
+                device: POD_DEVICE,
                 next_hop: journey.dst,
                 link: [2; 12],
                 has_link: n.is_multiple_of(2),
             }),
         }
+    }
+    fn door(&self, place: u16) -> Option<Door> {
+        Some(if u32::from(place) == POD_DEVICE { self.door } else { Door::zeroed() })
     }
     fn answered(&self, kind: u32) -> u32 {
         let mut answered = self.answered.borrow_mut();

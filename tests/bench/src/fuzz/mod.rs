@@ -8,10 +8,10 @@ mod oracle;
 mod tunnel;
 
 use frames::{Dice, End, Spec, TCP, UDP, error, frame, mutate, v4, v6};
-use kernel::{Buffer, Kernel, address};
+use kernel::{Buffer, Kernel, POD_DEVICE, address};
 use sheave_ebpf_abi::{
-    Backend, Counter, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, Plain as _, Slot, config_flag,
-    flow_flag, frontend_flag, member_flag,
+    Backend, Counter, Door, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key, Plain as _, Slot,
+    config_flag, door_flag, flow_flag, frontend_flag, member_flag,
 };
 use sheave_ebpf_core::balance::{self, Link, Side, Verdict, Work};
 use std::cell::RefCell;
@@ -40,6 +40,8 @@ pub(crate) struct Tally {
     pub(crate) received: u64,
     /// Errors about such frames that their senders were told.
     pub(crate) told: u64,
+    /// Frames that went into a pod past the stack.
+    pub(crate) entered: u64,
     /// What the core counted.
     pub(crate) counters: BTreeMap<Counter, u64>,
 }
@@ -95,11 +97,19 @@ fn node(dice: &mut Dice) -> Kernel {
     if dice.one_in(4) {
         kernel.flags = config_flag::MASQUERADE_ALL;
     }
+    if dice.one_in(2) {
+        kernel.flags |= config_flag::HOST_ROUTING;
+        kernel.door = door(dice);
+    }
     if dice.one_in(3) {
         kernel.refuses = 20;
     }
     kernel.dice.replace(Some(Dice(dice.next())));
     kernel
+}
+
+fn door(dice: &mut Dice) -> Door {
+    Door { device: POD_DEVICE, mtu: dice.pick(&[600, 1400, 1500]), flags: dice.pick(&[0, door_flag::ENTER]) }
 }
 
 fn services(kernel: &mut Kernel, all: &[IpAddr], proto: u8, dice: &mut Dice) {
@@ -309,6 +319,9 @@ fn live(
                 // A flow looks for its other entry once a second.
                 kernel.now_s += 1;
             }
+            2 if kernel.flags & config_flag::HOST_ROUTING != 0 => {
+                kernel.door = if kernel.door.device == 0 { door(dice) } else { Door::zeroed() };
+            }
             _ => {}
         }
         let side = dice.pick(&[Side::Ingress, Side::Ingress, Side::Ingress, Side::Egress]);
@@ -377,7 +390,7 @@ fn step(
             tally.answered += 1;
             return Ok(None);
         }
-        Verdict::Pass | Verdict::Redirect => {
+        Verdict::Pass | Verdict::Redirect | Verdict::Enter => {
             oracle::translated(before, &output).map_err(|what| finding(what, &output))?;
         }
     }
@@ -391,9 +404,10 @@ fn step(
     }
     tally.translated += 1;
     tally.received += u64::from(packet.unwrapped);
-    let redirected = matches!(verdict, Verdict::Redirect);
+    tally.entered += u64::from(verdict == Verdict::Enter);
     if hook.0 == Side::Ingress
-        && comes_back(kernel, before, &output, hook.1, redirected).map_err(|what| finding(what, &output))?
+        && comes_back(kernel, before, &output, hook.1, (verdict, packet.unwrapped))
+            .map_err(|what| finding(what, &output))?
     {
         tally.returned += 1;
     }
@@ -414,7 +428,7 @@ fn comes_back(
     input: &[u8],
     output: &[u8],
     link: Link,
-    redirected: bool,
+    (went, unwrapped): (Verdict, bool),
 ) -> Result<bool, String> {
     let (Some(old), Some(new)) = (oracle::frame(input), oracle::frame(output)) else { return Ok(false) };
     if old.fragment
@@ -432,7 +446,18 @@ fn comes_back(
     if is_anew(kernel, &new, &answer) {
         return Ok(false);
     }
-    let hook = if redirected { (Side::Ingress, Link::Uplink) } else { (Side::Egress, link) };
+    let past = !matches!(went, Verdict::Pass);
+    let masqueraded = |flow: &Flow| flow.flags & flow_flag::SNAT != 0;
+    let reply = held(kernel, &new, &answer);
+    let by_door = past && !reply.as_ref().is_some_and(masqueraded);
+    if reply.is_some_and(|flow| flow.door != 0 && kernel.door.device != 0) && !past && !unwrapped {
+        return Err("it went through the stack, and its answer would not".to_owned());
+    }
+    let hook = match (past, by_door) {
+        (true, true) => (Side::Ingress, Link::Pod),
+        (true, false) => (Side::Ingress, Link::Uplink),
+        _ => (Side::Egress, link),
+    };
     let (verdict, packet) = through(kernel, &answer, hook, 0);
     let mut wanted = input.to_vec();
     turn_around(&mut wanted, &old);
@@ -440,10 +465,11 @@ fn comes_back(
         return Err("the answer is no packet any more".to_owned());
     };
     match verdict {
+        Verdict::Pass if by_door => return Err("it went past the stack, and its answer would not".to_owned()),
         Verdict::Pass | Verdict::Redirect => {}
         // No route, or no room in a table.
-        Verdict::Drop if redirected || kernel.refuses != 0 => return Ok(false),
-        Verdict::Reply if redirected => return Ok(false),
+        Verdict::Drop if past || kernel.refuses != 0 => return Ok(false),
+        Verdict::Reply if past => return Ok(false),
         other => return Err(format!("the answer met {other:?}")),
     }
     let tuple = |bytes: &[u8], view: &oracle::View| {
