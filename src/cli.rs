@@ -355,8 +355,10 @@ pub(crate) struct ServiceFlags {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) pod_packets: Option<bool>,
-    /// Route connections from outside to pods of this node past its stack, on both ways: faster, and unseen by netfilter
-    /// rules and connection tracking of the node; NetworkPolicies hold (data plane ebpf) [default: false]
+    /// Route connections from outside to pods of this node past its stack, on both ways: unseen by netfilter rules and
+    /// connection tracking of the node. Where another plugin makes the pods' devices (--pod-link) packets enter the pods at
+    /// once, which is faster, and programs at the devices don't see them; policies of this agent hold (data plane ebpf)
+    /// [default: false]
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "true|false")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) host_routing: Option<bool>,

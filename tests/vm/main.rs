@@ -10,7 +10,7 @@ const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
 /// Which tests of the netns suite say something about a kernel, and take no longer than a guest has time for: emulated
 /// processors are some ten times slower. IPVS is to be had here only.
-const SUBJECTS: [&str; 11] = [
+const SUBJECTS: [&str; 12] = [
     "ipvs_",
     "kernel_",
     "policy_life",
@@ -20,6 +20,7 @@ const SUBJECTS: [&str; 11] = [
     "service_kinds",
     "service_nodeport",
     "service_packet",
+    "service_past",
     "service_socket",
     "service_upgrade",
 ];

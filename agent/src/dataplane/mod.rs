@@ -135,8 +135,8 @@ pub struct DataplaneConfig {
     /// Whether connections from outside to pods of this node go past its stack on both ways, where the routing table leads
     /// to a device of `pod_links`: they meet no netfilter rule and no connection tracking of this node (eBPF host routing).
     pub host_routing: bool,
-    /// Whether programs of others want to see what these devices take, as those of policies do. Without them packets that go
-    /// past the stack need not go by the devices.
+    /// Whether other programs are to see what these devices take, as those of this agent's policies do. Otherwise packets that
+    /// go past the stack enter the pods' namespaces at once, which is what makes it fast.
     pub watched_pod_links: bool,
     /// Name of this node, by which endpoints are local.
     pub node_name: String,

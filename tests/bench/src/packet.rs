@@ -266,19 +266,25 @@ fn frame(kind: &str, round: u32) -> Vec<u8> {
 
 /// From outside through a NodePort to a pod of the node, over tcx, beside the same without a service.
 fn first_packets(report: &mut Report, samples: u32) -> Result<()> {
-    let measured = Run::new(&[10], 4, &["--modes", "ebpf", "--samples", &samples.to_string()])?;
-    measured.tell_what_failed();
-    let params = [("services", json!(10)), ("endpoints", json!(4))];
-    for (key, metric, bar) in [
-        (
-            "ratio_node_port_answer_p50_to_direct",
-            "node_port_first_packet_answered_to_direct_p50",
-            Bar::AtMost(1.05),
-        ),
-        ("ratio_node_port_connect_p50_to_direct", "node_port_connect_to_direct_p50", Bar::None),
-    ] {
-        let value = measured.figure("ebpf", 10, key).context("no figure through a NodePort")?;
-        report.add(metric, value, "x", bar, &params);
+    for host_routing in [false, true] {
+        let samples = samples.to_string();
+        let mut args = vec!["--modes", "ebpf", "--samples", &samples];
+        args.extend(host_routing.then_some("--host-routing"));
+        let measured = Run::new(&[10], 4, &args)?;
+        measured.tell_what_failed();
+        let params =
+            [("services", json!(10)), ("endpoints", json!(4)), ("host_routing", json!(host_routing))];
+        for (key, metric, bar) in [
+            (
+                "ratio_node_port_answer_p50_to_direct",
+                "node_port_first_packet_answered_to_direct_p50",
+                Bar::AtMost(1.05),
+            ),
+            ("ratio_node_port_connect_p50_to_direct", "node_port_connect_to_direct_p50", Bar::None),
+        ] {
+            let value = measured.figure("ebpf", 10, key).context("no figure through a NodePort")?;
+            report.add(metric, value, "x", bar, &params);
+        }
     }
     Ok(())
 }

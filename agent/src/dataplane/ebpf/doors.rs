@@ -61,7 +61,8 @@ pub(super) fn wanted(config: &DataplaneConfig) -> Result<BTreeMap<u16, Door>, Da
     let devices = network::pod_devices(&config.pod_links)
         .map_err(|source| DataplaneError::Host { op: "list pods' devices", source })?;
     let doors = devices.into_iter().filter(|device| !is_uplink(config, device.index)).map(|device| {
-        let enter = device.across && !config.watched_pod_links;
+        // Who enters meets neither the device's queue nor its programs.
+        let enter = device.across && !device.queued && !config.watched_pod_links;
         let flags = if enter { door_flag::ENTER } else { 0 };
         let mtu = u16::try_from(device.mtu).unwrap_or(u16::MAX);
         // Place 0 stands for no door, and of two devices with one place the later one has it.

@@ -59,13 +59,15 @@ pub(crate) struct PodDevice {
     pub(crate) mtu: u32,
     /// It is one end of a pair whose other end is in another network namespace.
     pub(crate) across: bool,
+    /// What it sends waits in a queue, such as one that limits it.
+    pub(crate) queued: bool,
 }
 
 /// The links of the calling thread's network namespace whose name begins with one of `prefixes`.
 pub(crate) fn pod_devices(prefixes: &[String]) -> io::Result<Vec<PodDevice>> {
     let links = Connection::open()?.links()?.into_iter();
     let ours = links.filter(|link| prefixes.iter().any(|prefix| link.name.starts_with(prefix.as_str())));
-    Ok(ours.map(|Link { index, mtu, across, .. }| PodDevice { index, mtu, across }).collect())
+    Ok(ours.map(|Link { index, mtu, across, queued, .. }| PodDevice { index, mtu, across, queued }).collect())
 }
 
 /// Removes a link from the calling thread's network namespace; false where there was none.
