@@ -122,7 +122,9 @@ fn load_services_measures_every_mode_that_the_host_has() {
     let path = report.display().to_string();
     let modes = "direct,ebpf,nftables,iptables";
     let args = ["--count", "10", "--modes", modes, "--samples", "200", "--changes", "20", "--output", "json"];
-    let output = Load::start(&[&args[..], &["--churn", "20/s", "--host-routing", "--report", &path]].concat()).finish();
+    let output =
+        Load::start(&[&args[..], &["--churn", "20/s", "--host-routing", "--report", &path]].concat())
+            .finish();
     assert!(output.status.success(), "{}", text(&output.stderr));
     let rows: Vec<Value> =
         text(&output.stdout).lines().map(|line| serde_json::from_str(line).expect("a JSON object")).collect();
