@@ -123,6 +123,15 @@ fn services(out: &mut impl Write, paths: &super::Paths) -> Result<bool> {
         Ok(frontends) => {
             let backends: usize = frontends.iter().map(|frontend| frontend.ready.len()).sum();
             writeln!(out, "services in the kernel: {} frontends, {backends} backends", frontends.len())?;
+            // Pins of a build without host routing have none.
+            let routing = sheave_agent::dataplane::ebpf::host_routing(&paths.pin_dir).unwrap_or_default();
+            if routing.devices > 0 {
+                let (devices, entered) = (routing.devices, routing.entered);
+                writeln!(
+                    out,
+                    "host routing: by {devices} pods' devices, of which {entered} are entered at once"
+                )?;
+            }
             Ok(true)
         }
         Err(error) => {

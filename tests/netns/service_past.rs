@@ -4,6 +4,7 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
 
+use sheave_agent::dataplane::ebpf::{HostRouting, host_routing};
 use sheave_agent::service::Proto;
 use sheave_harness::isolated;
 
@@ -55,6 +56,9 @@ fn service_past_the_stack_on_both_ways() {
         for (routing, watched) in [(true, false), (true, true), (false, true), (true, false)] {
             (net.world.config.host_routing, net.world.config.watched_pod_links) = (routing, watched);
             let driver = net.driver(8080);
+            let shown = host_routing(&net.world.config.pin_dir).expect("read the pins");
+            let devices = if routing { 2 } else { 0 };
+            assert_eq!(shown, HostRouting { devices, entered: if watched { 0 } else { devices } });
             forwarded();
             for n in 0..2 {
                 for to in [at(NODE[n], LOCAL_PORT), at(BALANCER[n], 80)] {

@@ -53,6 +53,25 @@ impl Doors {
     }
 }
 
+/// Pods' devices by which connections go past the node's stack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostRouting {
+    /// How many there are.
+    pub devices: usize,
+    /// Those of them whose pods packets enter at once.
+    pub entered: usize,
+}
+
+/// Reads the pins below `pin_dir`.
+///
+/// # Errors
+/// When there are none, or they can't be read.
+pub fn host_routing(pin_dir: &Path) -> Result<HostRouting, DataplaneError> {
+    let doors = Doors::open(&super::versioned(pin_dir))?.held;
+    let entered = doors.values().filter(|door| door.flags & door_flag::ENTER != 0).count();
+    Ok(HostRouting { devices: doors.len(), entered })
+}
+
 /// The doors that there are to be.
 pub(super) fn wanted(config: &DataplaneConfig) -> Result<BTreeMap<u16, Door>, DataplaneError> {
     if !config.host_routing || config.masquerade_all {

@@ -20,6 +20,7 @@ mod trace;
 mod uplink;
 mod xdp;
 
+pub use doors::{HostRouting, host_routing};
 pub use events::{Listener, Seen};
 pub(crate) use guard::devices_of;
 pub use guard::{Guard, GuardConfig, GuardStatus, guard_status};
