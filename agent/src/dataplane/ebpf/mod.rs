@@ -1,6 +1,7 @@
 //! The eBPF data plane: programs on cgroup and uplink hooks over pinned maps. Invariant: everything that balances is
 //! pinned under `<pin dir>/v<ABI version>/` and does its work without this process; opening adopts what is there.
 
+mod ahead;
 mod doors;
 mod encode;
 mod events;
@@ -184,6 +185,8 @@ pub struct EbpfDataplane {
     maps: Maps,
     /// Loaded only when something has to be attached.
     object: Option<Ebpf>,
+    /// The object while its programs are being loaded.
+    ahead: Option<ahead::Ahead>,
     node_addresses: BTreeSet<IpAddr>,
     /// Their flags are of these settings.
     told_addresses: bool,
@@ -223,6 +226,7 @@ impl EbpfDataplane {
             settings: config.clone(),
             maps,
             object,
+            ahead: None,
             node_addresses,
             told_addresses: false,
             nets,
@@ -235,6 +239,7 @@ impl EbpfDataplane {
         if let Some((growth, object)) = grow::begin(&plane.dir, &config.sizes)? {
             plane.grow(growth, object)?;
         }
+        plane.load_ahead()?;
         Ok(plane)
     }
 
@@ -293,7 +298,26 @@ impl EbpfDataplane {
         self.maps.config.put(&0, &wanted)
     }
 
+    /// Begins to load the programs that attaching will want, unless those at work are of this build.
+    fn load_ahead(&mut self) -> Result<(), DataplaneError> {
+        if self.config()?.object_digest == sheave_ebpf_object::digest() {
+            return Ok(());
+        }
+        let object = match self.object.take() {
+            Some(object) => object,
+            None => load::load(&self.dir, &self.settings.sizes)?,
+        };
+        let at_devices = self.devices()?.into_iter().flat_map(|(_, hooks)| hooks).map(|(name, ..)| *name);
+        let mut names: Vec<_> = CALLS.iter().map(|(_, name)| *name).collect();
+        names.extend(CGROUP_HOOKS.iter().map(|(name, _)| *name).chain(at_devices));
+        self.ahead = Some(ahead::Ahead::start(object, names)?);
+        Ok(())
+    }
+
     fn object(&mut self) -> Result<&mut Ebpf, DataplaneError> {
+        if let Some(ahead) = self.ahead.take() {
+            self.object = Some(ahead.finish()?);
+        }
         if self.object.is_none() {
             self.object = Some(load::load(&self.dir, &self.settings.sizes)?);
         }
