@@ -123,8 +123,13 @@ fn services(out: &mut impl Write, paths: &super::Paths) -> Result<bool> {
         Ok(frontends) => {
             let backends: usize = frontends.iter().map(|frontend| frontend.ready.len()).sum();
             writeln!(out, "services in the kernel: {} frontends, {backends} backends", frontends.len())?;
-            // Pins of a build without host routing have none.
-            let routing = sheave_agent::dataplane::ebpf::host_routing(&paths.pin_dir).unwrap_or_default();
+            let routing = match sheave_agent::dataplane::ebpf::host_routing(&paths.pin_dir) {
+                Ok(routing) => routing,
+                Err(error) => {
+                    writeln!(out, "host routing: {:#}", anyhow::Error::new(error))?;
+                    return Ok(false);
+                }
+            };
             if routing.devices > 0 {
                 let (devices, entered) = (routing.devices, routing.entered);
                 writeln!(
