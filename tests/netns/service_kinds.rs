@@ -46,7 +46,7 @@ impl Hand {
         let mut changes = Changes::default();
         let ids: Vec<u32> = pods.iter().map(|pod| id_of(*pod)).collect();
         for (pod, id) in pods.iter().zip(&ids) {
-            changes.put_backends.insert(*id, BackendAddr { addr: pod.ip(), port: pod.port(), proto });
+            changes.put_backends.push((*id, BackendAddr { addr: pod.ip(), port: pod.port(), proto }));
             let member = Member { local: true, ready: true, cluster: true };
             changes.put_members.insert((service, *id), member);
         }

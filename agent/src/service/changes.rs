@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Id of a service port in one family; 0 is nobody's.
 pub type ServiceId = u32;
-/// Id of a backend; 0 is nobody's.
+/// Id of a backend, 1 to [`Capacity::backends`]; 0 is nobody's.
 pub type BackendId = u32;
 
 /// Element of the Maglev array; 0 is nobody's.
@@ -129,8 +129,8 @@ pub struct Observed {
 /// What is to be done to the kernel, in the order of the fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// 1. Backends that are new.
-    pub put_backends: BTreeMap<BackendId, BackendAddr>,
+    /// 1. Backends that are new, each once.
+    pub put_backends: Vec<(BackendId, BackendAddr)>,
     /// 2. Runs that nobody refers to yet.
     pub put_runs: Vec<RunWrite>,
     /// 3. Maglev tables that nobody refers to yet.

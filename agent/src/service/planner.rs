@@ -6,7 +6,8 @@ use super::changes::{Changes, Refusal, Usage};
 use super::model::{ObjectKey, Service, Slice};
 use super::plan::{DesiredPort, NodeFacts, desired, local_ready};
 use super::table::Table;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use foldhash::{HashMap, HashMapExt as _};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 
 /// Refused services that are tried again in one round.
@@ -105,18 +106,21 @@ impl Planner {
             Event::Slice(slice) => self.put_slice(slice),
             Event::SliceGone(key) => self.remove_slice(&key),
             Event::ServicesSynced(all) => {
-                let held = self.known.iter().filter(|(_, known)| known.service.is_some());
-                let gone: Vec<_> =
-                    held.map(|(key, _)| key).filter(|key| !all.contains(*key)).cloned().collect();
-                for key in gone {
-                    self.remove_service(&key);
+                let is_held = |key| self.known.get(key).is_some_and(|known| known.service.is_some());
+                // Mostly nothing is gone, which is told by a look at each; the other way around costs much more.
+                if all.iter().filter(|key| is_held(*key)).count() != self.service_count {
+                    let held = self.known.iter().filter(|(_, known)| known.service.is_some());
+                    let gone: Vec<_> =
+                        held.map(|(key, _)| key).filter(|key| !all.contains(*key)).cloned().collect();
+                    gone.iter().for_each(|key| self.remove_service(key));
                 }
                 self.services_synced = true;
             }
             Event::SlicesSynced(all) => {
-                let gone: Vec<_> = self.owners.keys().filter(|key| !all.contains(*key)).cloned().collect();
-                for key in gone {
-                    self.remove_slice(&key);
+                if all.iter().filter(|key| self.owners.contains_key(*key)).count() != self.owners.len() {
+                    let gone: Vec<_> =
+                        self.owners.keys().filter(|key| !all.contains(*key)).cloned().collect();
+                    gone.iter().for_each(|key| self.remove_slice(key));
                 }
                 self.slices_synced = true;
             }

@@ -65,8 +65,8 @@ impl Kernel {
     pub(super) fn apply(&mut self, step: Step) {
         match step {
             Step::PutBackend(id, addr) => {
-                self.backends.insert(id, addr);
-                assert!(self.backends.len() <= CAPACITY.backends as usize, "backends full");
+                assert!((1..=CAPACITY.backends).contains(&id), "no such place");
+                assert!(self.backends.insert(id, addr).is_none(), "an id that is in use is not given out");
             }
             Step::PutSlot(index, service, backend) => {
                 assert!(index < CAPACITY.slots);

@@ -401,7 +401,7 @@ fn junk(kernel: &mut Kernel, a: u8, b: u8) {
         }
         _ => {
             if kernel.backends.len() < 30 {
-                kernel.backends.insert(u32::from(b) + 1, backend(b));
+                kernel.backends.insert(u32::from(b) % CAPACITY.backends + 1, backend(b));
             }
         }
     }

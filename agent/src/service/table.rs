@@ -4,6 +4,7 @@
 //! that a reader may still hold are reused only after [`Table::settle`].
 
 mod adopt;
+mod backends;
 mod beside;
 
 use super::changes::{
@@ -13,8 +14,10 @@ use super::changes::{
 use super::model::{Family, ObjectKey, Proto, Scheduler};
 use super::plan::{BackendAddr, Counts, DesiredPort, FrontendKey, FrontendPolicy};
 use super::runs::{Run, Runs};
+use backends::Backends;
+use foldhash::{HashMap, HashSet};
 use ipnetwork::IpNetwork;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::BTreeSet;
 
 /// One service port in one family.
 #[derive(Clone, Debug, Default)]
@@ -54,18 +57,12 @@ impl Entry {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    addr: BackendAddr,
-    references: u32,
-}
-
 /// What was freed but may still be in use by a reader, or in its place in a map.
 #[derive(Debug, Default)]
 struct Released {
     runs: Vec<Run>,
     maglevs: Vec<MaglevId>,
-    backends: HashSet<BackendId>,
+    backends: Vec<BackendId>,
     services: HashSet<ServiceId>,
     /// IPv4 and IPv6.
     frontends: [usize; 2],
@@ -82,8 +79,7 @@ pub struct Table {
     frontends: HashMap<FrontendKey, FrontendEntry>,
     frontends_v6: u32,
     services: HashMap<ObjectKey, Box<[ServiceId]>>,
-    backends: HashMap<BackendId, Held>,
-    backend_ids: HashMap<BackendAddr, BackendId>,
+    backends: Backends,
     /// Of services with session affinity, ordered by id.
     members: HashMap<ServiceId, Box<[(BackendId, Member)]>>,
     member_count: usize,
@@ -97,7 +93,6 @@ pub struct Table {
     /// Adopted Maglev tables that several services follow.
     contested_maglevs: Vec<MaglevId>,
     last_service: ServiceId,
-    last_backend: BackendId,
     released: Released,
 }
 
@@ -239,16 +234,23 @@ impl Table {
         };
         full("frontends", held4, new(Family::V4), self.capacity.frontends4)?;
         full("frontends", held6, new(Family::V6), self.capacity.frontends6)?;
-        let wanted = ports.iter().flat_map(|p| p.port.backends.iter().chain(&p.port.dormant));
-        let mut unknown: Vec<_> = wanted.filter(|b| !self.backend_ids.contains_key(b)).collect();
-        unknown.sort_unstable();
-        unknown.dedup();
         let held = self.backends.len() + self.released.backends.len();
-        full("backends", held, unknown.len(), self.capacity.backends)?;
+        full("backends", held, self.new_backends(ports, held), self.capacity.backends)?;
         let new = ports.iter().map(|port| self.new_members(port)).sum();
         full("members", self.member_count + self.released.members, new, self.capacity.members)?;
         let new = ports.iter().map(|port| self.new_ranges(port)).sum();
         full("source ranges", self.range_count + self.released.ranges, new, self.capacity.ranges)
+    }
+
+    /// Backends that the ports would add, at most, to the `held` ones. They are told apart only where that matters.
+    fn new_backends(&self, ports: &[Claimed<'_>], held: usize) -> usize {
+        let count = |port: &Claimed<'_>| port.port.backends.len() + port.port.dormant.len();
+        let most = ports.iter().map(count).sum();
+        if held + most <= self.capacity.backends as usize {
+            return most;
+        }
+        let wanted = ports.iter().flat_map(|p| p.port.backends.iter().chain(&p.port.dormant));
+        wanted.filter(|b| self.backends.id(b).is_none()).collect::<BTreeSet<_>>().len()
     }
 
     /// Takes a run for every port whose backends change; gives them all back when one cannot be had.
@@ -285,7 +287,7 @@ impl Table {
     /// Whether these ids are those of these backends.
     fn are(&self, ids: &[BackendId], backends: &[BackendAddr]) -> bool {
         ids.len() == backends.len()
-            && ids.iter().zip(backends).all(|(id, addr)| self.backend_ids.get(addr) == Some(id))
+            && ids.iter().zip(backends).all(|(id, addr)| self.backends.id(addr) == Some(*id))
     }
 
     fn put(&mut self, service: &ObjectKey, port: Claimed<'_>, changes: &mut Changes) {
@@ -394,42 +396,22 @@ impl Table {
             self.released.maglevs.push(old.maglev);
         }
         for id in old.all_backends() {
-            let Some(held) = self.backends.get_mut(&id) else { continue };
-            held.references -= 1;
-            if held.references == 0 {
-                let addr = held.addr;
-                self.forget_backend(id, addr, changes);
+            if self.backends.drop_reference(id) {
+                self.note_forgotten(id, changes);
             }
         }
     }
 
-    fn forget_backend(&mut self, id: BackendId, addr: BackendAddr, changes: &mut Changes) {
-        self.backends.remove(&id);
-        if self.backend_ids.get(&addr) == Some(&id) {
-            self.backend_ids.remove(&addr);
-        }
-        self.released.backends.insert(id);
+    fn note_forgotten(&mut self, id: BackendId, changes: &mut Changes) {
+        self.released.backends.push(id);
         changes.delete_backends.insert(id);
     }
 
     fn reference(&mut self, addr: BackendAddr, changes: &mut Changes) -> BackendId {
-        if let Some(id) = self.backend_ids.get(&addr) {
-            let id = *id;
-            if let Some(held) = self.backends.get_mut(&id) {
-                held.references += 1;
-            }
-            return id;
+        let (id, new) = self.backends.refer(addr);
+        if new {
+            changes.put_backends.push((id, addr));
         }
-        let id = loop {
-            self.last_backend = self.last_backend.wrapping_add(1);
-            let id = self.last_backend;
-            if id != 0 && !self.backends.contains_key(&id) && !self.released.backends.contains(&id) {
-                break id;
-            }
-        };
-        self.backends.insert(id, Held { addr, references: 1 });
-        self.backend_ids.insert(addr, id);
-        changes.put_backends.insert(id, addr);
         id
     }
 
@@ -440,6 +422,7 @@ impl Table {
             self.runs.give_back(run);
         }
         self.free_maglevs.extend(released.maglevs);
+        self.backends.give_back(released.backends);
     }
 
     /// Whether something was freed since the last [`Table::settle`].

@@ -5,10 +5,11 @@ use super::super::changes::{
     Abilities, BackendId, Capacity, Changes, FrontendEntry, MaglevId, Observed, ServiceId,
 };
 use super::super::model::Family;
-use super::super::plan::{BackendAddr, FrontendKey};
+use super::super::plan::FrontendKey;
 use super::super::runs::{Run, Runs};
-use super::{Entry, Held, Released, Table};
-use std::collections::HashMap;
+use super::backends::Backends;
+use super::{Entry, Released, Table};
+use foldhash::{HashMap, HashMapExt as _};
 
 impl Table {
     /// The table that the kernel holds, with every entry waiting for a service to claim it.
@@ -20,8 +21,7 @@ impl Table {
             frontends: HashMap::with_capacity(observed.frontends.len()),
             frontends_v6: 0,
             services: HashMap::new(),
-            backends: HashMap::with_capacity(observed.backends.len()),
-            backend_ids: HashMap::with_capacity(observed.backends.len()),
+            backends: Backends::adopt(capacity.backends, &observed.backends),
             members: by_service(&observed.members, |(key, member)| (key.0, (key.1, *member))),
             member_count: 0,
             ranges: by_service(&observed.ranges, |(service, range)| (*service, *range)),
@@ -31,16 +31,10 @@ impl Table {
             found_maglevs: observed.maglevs.iter().copied().collect(),
             contested_maglevs: Vec::new(),
             last_service: 0,
-            last_backend: 0,
             released: Released::default(),
         };
         table.member_count = table.members.values().map(|held| held.len()).sum();
         table.range_count = table.ranges.values().map(|held| held.len()).sum();
-        for (id, addr) in &observed.backends {
-            table.backends.insert(*id, Held { addr: *addr, references: 0 });
-            table.backend_ids.entry(*addr).and_modify(|held| *held = (*held).min(*id)).or_insert(*id);
-            table.last_backend = table.last_backend.max(*id);
-        }
         let mut frontends: Vec<_> = observed.frontends.iter().collect();
         frontends.sort_unstable_by_key(|(key, entry)| (entry.service, *key));
         table.set_contested_aside(&frontends);
@@ -104,14 +98,12 @@ impl Table {
             && found.service != 0
             && u32::from(found.local_only) <= u32::from(found.counts[0])
             && held.is_some_and(|part| {
-                part.iter().all(|(owner, id)| *owner == found.service && self.backends.contains_key(id))
+                part.iter().all(|(owner, id)| *owner == found.service && self.backends.addr(*id).is_some())
             });
         let backends: Box<[BackendId]> =
             held.filter(|_| whole).into_iter().flatten().map(|(_, backend)| *backend).collect();
         for id in &backends {
-            if let Some(held) = self.backends.get_mut(id) {
-                held.references += 1;
-            }
+            self.backends.refer_to(*id);
         }
         let maglev: MaglevId = if self.free_maglevs.remove(&found.maglev) { found.maglev } else { 0 };
         Entry {
@@ -147,15 +139,9 @@ impl Table {
             self.set_members(id, Box::default(), changes);
             self.set_ranges(id, Box::default(), changes);
         }
-        let mut orphans: Vec<(BackendId, BackendAddr)> = self
-            .backends
-            .iter()
-            .filter(|(_, held)| held.references == 0)
-            .map(|(id, held)| (*id, held.addr))
-            .collect();
-        orphans.sort_unstable();
-        for (id, addr) in orphans {
-            self.forget_backend(id, addr, changes);
+        for id in self.backends.orphans() {
+            self.backends.forget(id);
+            self.note_forgotten(id, changes);
         }
         self.found_maglevs = HashMap::new();
         self.released.maglevs.append(&mut self.contested_maglevs);

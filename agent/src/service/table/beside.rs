@@ -21,8 +21,8 @@ impl Table {
             return 0;
         }
         let held = self.members.get(&port.id).map_or(&[][..], |held| held);
-        let is_new = |addr| match self.backend_ids.get(addr) {
-            Some(id) => held.binary_search_by_key(id, |(id, _)| *id).is_err(),
+        let is_new = |addr| match self.backends.id(addr) {
+            Some(id) => held.binary_search_by_key(&id, |(id, _)| *id).is_err(),
             None => true,
         };
         // A backend that weighs more stands beside itself.
@@ -186,15 +186,14 @@ impl Table {
 
     /// Notes which UDP and SCTP backends `old` has that `new` lacks.
     pub(super) fn note_lost(&self, service: ServiceId, old: &Entry, new: &Entry, changes: &mut Changes) {
-        let first = old.all_backends().next().and_then(|id| self.backends.get(&id));
-        if first.is_none_or(|held| held.addr.proto == Proto::Tcp) {
+        let first = old.all_backends().next().and_then(|id| self.backends.addr(id));
+        if first.is_none_or(|addr| addr.proto == Proto::Tcp) {
             return;
         }
         let mut kept: Vec<BackendId> = new.all_backends().collect();
         kept.sort_unstable();
         let gone = old.all_backends().filter(|id| kept.binary_search(id).is_err());
-        let gone = gone.filter_map(|id| self.backends.get(&id));
-        changes.lost.extend(gone.map(|held| (service, held.addr)));
+        changes.lost.extend(gone.filter_map(|id| Some((service, self.backends.addr(id)?))));
     }
 }
 
