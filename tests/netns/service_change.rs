@@ -8,8 +8,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use aya::maps::MapData;
-use sheave_agent::dataplane::ebpf::{Origin, Outcome, Question, trace, versioned};
+use aya::maps::{Array, HashMap, Map, MapData, MapType};
+use sheave_agent::dataplane::ebpf::{Origin, Outcome, Question, list, trace, versioned};
 use sheave_agent::dataplane::{Driver, MapSizes, Mode, choice};
 use sheave_agent::service::{Event, Proto, Service, ServiceExtras};
 use sheave_harness::{NetNs, isolated};
@@ -293,6 +293,80 @@ fn service_maps_grow_under_live_connections() {
         place.world.config.sizes = SMALL;
         drop(place.open(events()));
         assert_eq!(entries(&place, "shv_flows"), 16_384);
+        assert_eq!([outside.talk(), inside.talk(), sticking.talk()], servers);
+    });
+}
+
+/// Puts maps in the places of the pinned ones as earlier builds made them: backends in a hash, whose ids only ever grew.
+fn lay_out_as_before(place: &Place, stray: u32) {
+    /// BPF_F_NO_PREALLOC (uapi/linux/bpf.h).
+    const NO_PREALLOC: u32 = 1;
+    let dir = versioned(&place.world.config.pin_dir);
+    let pinned = |name: &str| {
+        let data = MapData::from_pin(dir.join(name)).expect("a pinned map");
+        Map::from_map_data(data).expect("an array")
+    };
+    let rows: Array<_, [u8; 24]> = pinned("shv_backends").try_into().expect("rows of backends");
+    let mut hash: HashMap<MapData, u32, [u8; 24]> = HashMap::create(1024, NO_PREALLOC).expect("a hash");
+    let held = (0..rows.len()).map(|id| (id, rows.get(&id, 0).expect("a row")));
+    for (id, row) in held.filter(|(_, row)| *row != [0; 24]) {
+        hash.insert(id, row, 0).expect("insert");
+        let mut row = row;
+        row[16..20].copy_from_slice(&stray.to_ne_bytes());
+        hash.insert(stray, row, 0).expect("insert");
+    }
+    let rows: Array<_, [u8; 8]> = pinned("shv_slots").try_into().expect("slots");
+    let mut slots: Array<MapData, [u8; 8]> = Array::create(rows.len(), 0).expect("an array");
+    for index in 0..rows.len() {
+        slots.set(index, rows.get(&index, 0).expect("a slot"), 0).expect("set");
+    }
+    for name in ["shv_backends", "shv_slots"] {
+        fs::remove_file(dir.join(name)).expect("unpin");
+    }
+    hash.pin(dir.join("shv_backends")).expect("pin");
+    slots.pin(dir.join("shv_slots")).expect("pin");
+}
+
+#[test]
+fn service_maps_of_an_earlier_build_are_laid_out_anew() {
+    const STRAY: u32 = 300_000;
+    isolated(module_path!(), "service_maps_of_an_earlier_build_are_laid_out_anew", |cgroup| {
+        let mut place = Place::new(cgroup);
+        place.world.config.sizes = MapSizes { slots: 4096, backends: 1024, ..SMALL };
+        drop(place.open(events()));
+        let (links, rows) = (link_ids(&place), list(&place.world.config.pin_dir).expect("list"));
+        assert!(rows.iter().all(|row| !row.inconsistent && row.ready.len() == 2), "{rows:?}");
+        let (mut outside, mut inside) = (place.outside(), Local::connect(&place, "10.96.0.1", 80));
+        let mut sticking = Local::connect(&place, "10.96.0.2", 80);
+        let servers = [outside.talk(), inside.talk(), sticking.talk()];
+
+        lay_out_as_before(&place, STRAY);
+        assert_eq!(
+            list(&place.world.config.pin_dir).expect("list"),
+            rows,
+            "an earlier build's maps are read too"
+        );
+        place.world.config.sizes = SMALL;
+        let driver = place.open(events());
+        for (map, most) in [("shv_backends", STRAY), ("shv_slots", 4095)] {
+            let data = MapData::from_pin(versioned(&place.world.config.pin_dir).join(map)).expect("pinned");
+            let info = data.info().expect("what the kernel says");
+            assert_eq!(info.map_type().expect("a type"), MapType::Array, "{map}");
+            assert_eq!(info.max_entries(), most + 1, "{map}: nothing that was there has no place");
+        }
+        assert_eq!(list(&place.world.config.pin_dir).expect("list"), rows, "ids stay");
+        assert_eq!(link_ids(&place), links, "links are updated in place");
+        assert_eq!([outside.talk(), inside.talk(), sticking.talk()], servers, "every connection lives");
+        assert_eq!(bound(&place, "10.96.0.2"), [servers[2].as_str()], "the client is still bound");
+        assert!(PODS.contains(&place.outside().talk().as_str()));
+        drop(driver);
+        // What nobody refers to is gone; its id may be given out again, not that of one at work.
+        let mut more = events();
+        more.push(service("late", &["10.96.0.9"], Proto::Tcp, 0));
+        more.push(slice("late", Proto::Tcp, &[at("10.244.0.7", 8080)]));
+        drop(place.open(more));
+        let now = list(&place.world.config.pin_dir).expect("list");
+        assert_eq!(now.iter().filter(|row| !rows.contains(row)).count(), 1, "{now:?}");
         assert_eq!([outside.talk(), inside.talk(), sticking.talk()], servers);
     });
 }

@@ -36,7 +36,7 @@ pub use service::{
 };
 
 /// Version of every layout in this crate. It is part of the pin path, so a change of any layout, map type or map
-/// flag means a new number and never a misread pinned map.
+/// flag means a new number and never a misread pinned map, unless the agent knows the shape before and copies from it.
 pub const ABI_VERSION: u32 = 3;
 
 /// IPPROTO_TCP (IANA protocol numbers).

@@ -5,9 +5,9 @@
 pub const FRONTENDS4: &str = "shv_frontends4";
 /// IPv6 frontends: [`crate::Frontend6Key`] → [`crate::Frontend`].
 pub const FRONTENDS6: &str = "shv_frontends6";
-/// Flat array of [`crate::Slot`].
+/// Flat array of [`crate::Slot`], which user space may map.
 pub const SLOTS: &str = "shv_slots";
-/// Backend id → [`crate::Backend`].
+/// Array of [`crate::Backend`] by id, which user space may map; element 0 is nobody's, as is one whose own id is 0.
 pub const BACKENDS: &str = "shv_backends";
 /// Socket storage of [`crate::ReverseEntry`].
 pub const REVERSE_SK: &str = "shv_reverse_sk";
@@ -88,7 +88,7 @@ pub const ALL: &[&str] = &[
 pub const FRONTENDS_MAX: usize = 262_144;
 /// Slots in all runs together (8 bytes each, allocated at once).
 pub const SLOTS_MAX: usize = 524_288;
-/// Backends (entries, allocated as they come).
+/// Backends (24 bytes each, allocated at once).
 pub const BACKENDS_MAX: usize = 262_144;
 /// Places for what connected TCP sockets remember, a power of two (48 bytes each, allocated at once). A socket whose places
 /// are taken remembers in its storage.

@@ -123,7 +123,7 @@ plain! {
     pub struct Backend = 24 {
         /// Address of the endpoint.
         pub addr: Address,
-        /// The backend's own id: equals the map key in an element that was not recycled while it was read.
+        /// The backend's own id: equals its place in an element that was not given to another while it was read.
         pub id: u32,
         /// Port of the endpoint, network order.
         pub port: u16,

@@ -2,7 +2,7 @@
 //! core judges the same bytes that it uses even when the element is recycled meanwhile.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf, SkStorage},
     macros::btf_map,
 };
@@ -17,15 +17,16 @@ use sheave_ebpf_core::env::{Affinities, Peers, Table};
 use sheave_ebpf_kernel::value::{claim, copy, replace};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+const MAPPED: usize = BPF_F_MMAPABLE as usize;
 
 #[btf_map(name = "shv_frontends4")]
 static FRONTENDS4: HashMap<Frontend4Key, Frontend, { map::FRONTENDS_MAX }, ON_DEMAND> = HashMap::new();
 #[btf_map(name = "shv_frontends6")]
 static FRONTENDS6: HashMap<Frontend6Key, Frontend, { map::FRONTENDS_MAX }, ON_DEMAND> = HashMap::new();
 #[btf_map(name = "shv_slots")]
-static SLOTS: Array<Slot, { map::SLOTS_MAX }> = Array::new();
+static SLOTS: Array<Slot, { map::SLOTS_MAX }, MAPPED> = Array::new();
 #[btf_map(name = "shv_backends")]
-static BACKENDS: HashMap<u32, Backend, { map::BACKENDS_MAX }, ON_DEMAND> = HashMap::new();
+static BACKENDS: Array<Backend, { map::BACKENDS_MAX }, MAPPED> = Array::new();
 #[btf_map(name = "shv_reverse_sk")]
 pub static REVERSE_SK: SkStorage<ReverseEntry> = SkStorage::new();
 #[btf_map(name = "shv_peers")]
@@ -114,6 +115,9 @@ impl Table for Maps {
 
     #[inline(always)]
     fn backend(&self, id: u32) -> Option<Backend> {
+        if id == 0 {
+            return None;
+        }
         BACKENDS.get_ptr(id).map(copy)
     }
 

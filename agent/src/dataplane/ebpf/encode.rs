@@ -189,6 +189,7 @@ pub(super) fn backend(id: BackendId, at: &BackendAddr) -> Backend {
     Backend { addr: address(at.addr), id, port: at.port.to_be(), proto: proto(at.proto), flags: 0 }
 }
 
+/// `None` for a row that has none.
 pub(super) fn from_backend(value: &Backend) -> Option<BackendAddr> {
     Some(BackendAddr {
         addr: from_address(&value.addr),

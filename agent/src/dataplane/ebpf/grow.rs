@@ -5,11 +5,11 @@
 //! that stay; links are updated in place; then the new pins are moved over the old ones.
 
 use super::load;
-use super::map::{self, SHAPES, Shape};
+use super::map::{self, Map, SHAPES, Shape};
 use super::sys::{self, ElemSize};
 use crate::dataplane::{DataplaneError, MapSizes};
 use aya::Ebpf;
-use sheave_ebpf_abi::map as names;
+use sheave_ebpf_abi::{Backend, map as names};
 use std::collections::HashSet;
 use std::fs;
 use std::io;
@@ -37,6 +37,37 @@ pub(super) fn wanted(name: &str, sizes: &MapSizes) -> Option<u32> {
     })
 }
 
+/// Backends that are taken over from an earlier build's map at most (100 MB): their ids grew with every backend that ever was.
+const TAKEN_OVER_MAX: u32 = 1 << 22;
+
+/// The sizes with room for what maps of an earlier build hold: none is laid out anew smaller than it was.
+fn roomy(dir: &Path, sizes: &MapSizes) -> Result<MapSizes, DataplaneError> {
+    let mut sizes = *sizes;
+    for shape in SHAPES {
+        let Some((_, info)) = map::open_pinned(dir, shape)? else { continue };
+        if !map::is_former(shape.name, &info) {
+            continue;
+        }
+        match shape.name {
+            names::SLOTS => sizes.slots = sizes.slots.max(info.max_entries),
+            names::BACKENDS => {
+                let held = Map::<u32, Backend>::open(dir, shape.name)?.entries(usize::MAX)?;
+                let rows = held.iter().map(|(id, _)| id.saturating_add(1)).max().unwrap_or(0);
+                if rows > TAKEN_OVER_MAX {
+                    tracing::warn!(
+                        rows,
+                        most = TAKEN_OVER_MAX,
+                        "backends with larger ids are found anew when all services were told"
+                    );
+                }
+                sizes.backends = sizes.backends.max(info.max_entries).max(rows.min(TAKEN_OVER_MAX));
+            }
+            _ => {}
+        }
+    }
+    Ok(sizes)
+}
+
 /// Whether the programs write the map themselves, so that it is copied last.
 fn is_live(name: &str) -> bool {
     name == names::FLOWS || name == names::AFFINITY
@@ -47,6 +78,8 @@ struct Growing {
     shape: &'static Shape,
     old: OwnedFd,
     new: OwnedFd,
+    /// How many rows an array has.
+    rows: Option<u32>,
     /// Keys that were copied already, of a map that the programs write; `None` before the first copy.
     copied: Option<HashSet<Vec<u8>>>,
 }
@@ -57,13 +90,16 @@ pub(super) struct Growth {
     maps: Vec<Growing>,
 }
 
-/// Names of the maps in `dir` that are smaller than asked for. Says which ones are larger: they keep their size.
+/// Names of the maps in `dir` that are smaller than asked for, or as an earlier build made them. Says which ones are larger: they keep their size.
 fn too_small(dir: &Path, sizes: &MapSizes) -> Result<Vec<&'static str>, DataplaneError> {
     let mut small = Vec::new();
     for shape in SHAPES {
         let Some(wanted) = wanted(shape.name, sizes) else { continue };
         let Some((_, info)) = map::open_pinned(dir, shape)? else { continue };
-        if info.max_entries < wanted {
+        if map::is_former(shape.name, &info) {
+            tracing::info!(map = shape.name, "map is laid out anew, its content stays");
+            small.push(shape.name);
+        } else if info.max_entries < wanted {
             tracing::info!(
                 map = shape.name,
                 from = info.max_entries,
@@ -103,17 +139,19 @@ pub(super) fn begin(dir: &Path, sizes: &MapSizes) -> Result<Option<(Growth, Ebpf
         path: side.clone(),
         source,
     })?;
-    let object =
-        load::load_at(sizes, |name| if growing.contains(&name) { side.join(name) } else { dir.join(name) })?;
+    let object = load::load_at(&roomy(dir, sizes)?, |name| {
+        if growing.contains(&name) { side.join(name) } else { dir.join(name) }
+    })?;
     let mut maps = Vec::new();
     for shape in SHAPES.iter().filter(|shape| growing.contains(&shape.name)) {
         // Without an old one the pin was moved already, and another start died right after it.
-        let (Some((old, _)), Some((new, _))) =
+        let (Some((old, _)), Some((new, info))) =
             (map::open_pinned(dir, shape)?, map::open_pinned(&side, shape)?)
         else {
             continue;
         };
-        let mut growing = Growing { shape, old, new, copied: None };
+        let rows = shape.is_array().then_some(info.max_entries);
+        let mut growing = Growing { shape, old, new, rows, copied: None };
         if !is_live(shape.name) {
             growing.copy_all()?;
         }
@@ -206,7 +244,14 @@ impl Growing {
         let mut copied = HashSet::new();
         let live = is_live(self.shape.name);
         self.walk(|keys, values| {
-            sys::update_batch(self.new.as_fd(), self.size(), keys, values)
+            let (mut fitting, size) = ((Vec::new(), Vec::new()), self.size());
+            for (key, value) in keys.chunks_exact(size.key).zip(values.chunks_exact(size.value)) {
+                if self.has_place(key) {
+                    fitting.0.extend_from_slice(key);
+                    fitting.1.extend_from_slice(value);
+                }
+            }
+            sys::update_batch(self.new.as_fd(), size, &fitting.0, &fitting.1)
                 .map_err(|stopped| self.error("write")(stopped.source))?;
             if live {
                 copied.extend(keys.chunks_exact(self.size().key).map(<[u8]>::to_vec));
@@ -215,6 +260,12 @@ impl Growing {
         })?;
         self.copied = Some(copied);
         Ok(())
+    }
+
+    /// Whether the new map can have an entry with this key.
+    fn has_place(&self, key: &[u8]) -> bool {
+        let index = key.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
+        self.rows.is_none_or(|rows| index.is_some_and(|index| index < rows))
     }
 
     /// Copies entries that came after they were copied, unless the new map has them by now.

@@ -15,6 +15,7 @@ mod map;
 mod nets;
 mod node;
 mod probe;
+mod rows;
 mod sockets;
 mod sys;
 mod trace;
@@ -41,7 +42,7 @@ use link::{ANSWER_HOOKS, CALLS, CGROUP_HOOKS, DeviceHook, LINKS, Order, POD_HOOK
 use map::Map;
 use sheave_ebpf_abi::{
     ABI_VERSION, Address, Backend, Config, Door, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key,
-    MAGLEV_SLOTS, MaglevTable, MemberKey, RangeKey, Slot, config_flag, map as names,
+    MAGLEV_SLOTS, MaglevTable, MemberKey, Plain as _, RangeKey, Slot, config_flag, map as names,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -106,9 +107,9 @@ impl Maps {
         let used =
             frontends.iter().map(|(_, entry)| entry.run()).map(|run| run.base.saturating_add(run.len)).max();
         let used = used.unwrap_or(0).min(self.slots.max_entries()) as usize;
-        let slots =
-            self.slots.entries(used)?.into_iter().map(|(_, slot)| (slot.service, slot.backend)).collect();
-        let backends = self.backends.entries(usize::MAX)?;
+        let slots = self.slots.rows(used, |_, _| true)?;
+        let slots = slots.into_iter().map(|(_, slot)| (slot.service, slot.backend)).collect();
+        let backends = self.backends.rows(usize::MAX, |id, held| id != 0 && id == held.id)?;
         let backends = backends.iter().filter_map(|(id, b)| Some((*id, encode::from_backend(b)?))).collect();
         let members = self.members.entries(usize::MAX)?;
         let members = members.iter().map(|(key, flags)| encode::from_member(key, *flags)).collect();
@@ -126,9 +127,11 @@ impl Maps {
     /// Makes the changes, in the order of their fields.
     fn apply(&self, changes: &Changes) -> Result<(), DataplaneError> {
         let maps = self;
-        maps.backends.put_all(changes.put_backends.iter().map(|(id, at)| (*id, encode::backend(*id, at))))?;
+        let backends: Vec<_> =
+            changes.put_backends.iter().map(|(id, at)| (*id, encode::backend(*id, at))).collect();
+        maps.backends.put_rows(&backends)?;
         let slots: Vec<_> = changes.put_runs.iter().flat_map(encode::slots).collect();
-        maps.slots.put_all(slots.into_iter())?;
+        maps.slots.put_rows(&slots)?;
         for write in &changes.put_maglevs {
             let mut table = MaglevTable { picks: [0; MAGLEV_SLOTS] };
             table.picks.iter_mut().zip(write.picks.iter()).for_each(|(slot, pick)| *slot = *pick);
@@ -165,7 +168,8 @@ impl Maps {
             maps.ranges.delete(&encode::range_key(*service, range))?;
         }
         maps.members.delete_all(changes.delete_members.iter().map(|key| encode::member_key(*key)))?;
-        maps.backends.delete_all(changes.delete_backends.iter().copied())
+        let gone: Vec<_> = changes.delete_backends.iter().map(|id| (*id, Backend::zeroed())).collect();
+        maps.backends.put_rows(&gone)
     }
 }
 
@@ -267,7 +271,6 @@ impl EbpfDataplane {
     }
 
     fn config(&self) -> Result<Config, DataplaneError> {
-        use sheave_ebpf_abi::Plain as _;
         Ok(self.maps.config.get(&0)?.unwrap_or_else(Config::zeroed))
     }
 
@@ -421,7 +424,8 @@ impl Dataplane for EbpfDataplane {
             frontends4: self.maps.frontends4.max_entries(),
             frontends6: self.maps.frontends6.max_entries(),
             slots: self.maps.slots.max_entries(),
-            backends: self.maps.backends.max_entries(),
+            // Row 0 is nobody's.
+            backends: self.maps.backends.max_entries().saturating_sub(1),
             members: self.maps.members.max_entries(),
             ranges: self.maps.ranges.max_entries(),
             // Element 0 is nobody's.
