@@ -7,6 +7,7 @@ use super::model::{ObjectKey, Service, Slice};
 use super::plan::{DesiredPort, NodeFacts, desired, local_ready};
 use super::table::Table;
 use foldhash::{HashMap, HashMapExt as _};
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 
@@ -20,6 +21,25 @@ struct Known {
     slices: Vec<Slice>,
     /// In one of the queues.
     queued: bool,
+}
+
+/// Services that are gone, and then those that may want something else.
+type Queues = [VecDeque<ObjectKey>; 2];
+
+impl Known {
+    fn queue(&mut self, key: &ObjectKey, queues: &mut Queues) {
+        if !std::mem::replace(&mut self.queued, true) {
+            queues[usize::from(self.service.is_some())].push_back(key.clone());
+        }
+    }
+}
+
+/// The entry for a service, and its key as it is held: one copy of each name is enough.
+fn entry<'a>(known: &'a mut HashMap<ObjectKey, Known>, key: &ObjectKey) -> (ObjectKey, &'a mut Known) {
+    match known.entry(key.clone()) {
+        Entry::Occupied(held) => (held.key().clone(), held.into_mut()),
+        Entry::Vacant(place) => (key.clone(), place.insert(Known::default())),
+    }
 }
 
 /// What a service's `healthCheckNodePort` answers with.
@@ -51,8 +71,7 @@ pub struct Planner {
     service_count: usize,
     node: NodeFacts,
     table: Table,
-    /// Services that are gone, and then those that may want something else.
-    queues: [VecDeque<ObjectKey>; 2],
+    queues: Queues,
     refused: BTreeMap<ObjectKey, Vec<Refusal>>,
     /// How often `refused` has changed.
     refused_changes: u64,
@@ -133,55 +152,31 @@ impl Planner {
         }
     }
 
-    /// The entry for a service, and its key as it is held: one copy of each name is enough.
-    fn known(&mut self, key: &ObjectKey) -> (ObjectKey, &mut Known) {
-        let key = match self.known.get_key_value(key) {
-            Some((held, _)) => held.clone(),
-            None => key.clone(),
-        };
-        let known = self.known.entry(key.clone()).or_default();
-        (key, known)
-    }
-
-    fn queue(&mut self, key: &ObjectKey) {
-        let Some((held, known)) = self.known.get_key_value(key) else { return };
-        if known.queued {
-            return;
-        }
-        let (key, queue) = (held.clone(), usize::from(known.service.is_some()));
-        self.queues[queue].push_back(key.clone());
-        if let Some(known) = self.known.get_mut(&key) {
-            known.queued = true;
-        }
-    }
-
     fn queue_all(&mut self) {
-        let mut all: Vec<_> = self
-            .known
-            .iter()
-            .filter(|(_, known)| known.service.is_some())
-            .map(|(key, _)| key.clone())
-            .collect();
-        all.sort_unstable();
-        all.iter().for_each(|key| self.queue(key));
+        let held = self.known.iter_mut().filter(|(_, known)| known.service.is_some() && !known.queued);
+        let mut all: Vec<_> = held.collect();
+        all.sort_unstable_by_key(|(key, _)| *key);
+        for (key, known) in all {
+            known.queue(key, &mut self.queues);
+        }
     }
 
     fn put_service(&mut self, mut service: Service) {
-        let (key, known) = self.known(&service.key);
+        let (key, known) = entry(&mut self.known, &service.key);
         service.key = key.clone();
         if known.service.as_ref() == Some(&service) {
             return;
         }
         let new = known.service.replace(service).is_none();
         self.service_count += usize::from(new);
-        self.queue(&key);
+        known.queue(&key, &mut self.queues);
     }
 
     fn remove_service(&mut self, key: &ObjectKey) {
         let Some(known) = self.known.get_mut(key) else { return };
         if known.service.take().is_some() {
             self.service_count -= 1;
-            self.queue(key);
+            known.queue(key, &mut self.queues);
         }
     }
 
@@ -192,7 +187,7 @@ impl Planner {
                 self.remove_slice(&slice.key.clone());
             }
         }
-        let (service, known) = self.known(&slice.service);
+        let (service, known) = entry(&mut self.known, &slice.service);
         let key = slice.key.clone();
         slice.service = service.clone();
         match known.slices.iter_mut().find(|held| held.key == slice.key) {
@@ -203,11 +198,10 @@ impl Planner {
                 known.slices.push(slice);
             }
         }
-        let balanced = known.service.is_some();
-        self.owners.insert(key, service.clone());
-        if balanced {
-            self.queue(&service);
+        if known.service.is_some() {
+            known.queue(&service, &mut self.queues);
         }
+        self.owners.insert(key, service);
     }
 
     fn remove_slice(&mut self, key: &ObjectKey) {
@@ -215,7 +209,7 @@ impl Planner {
         let Some(known) = self.known.get_mut(&service) else { return };
         known.slices.retain(|held| held.key != *key);
         if known.service.is_some() {
-            self.queue(&service);
+            known.queue(&service, &mut self.queues);
         } else if known.slices.is_empty() && !known.queued {
             self.known.remove(&service);
         }
