@@ -8,7 +8,7 @@
 //! Packets of services with direct return are not translated here but at their backend's node ([`tunnel`]).
 
 use crate::answer::{self, Answer};
-use crate::door;
+use crate::door::{self, Passage};
 use crate::env::{Affinities, Flows, Journey, Node, Packet, Route, Table, Way};
 use crate::flow;
 use crate::icmp::{self, Quote};
@@ -270,19 +270,13 @@ fn answered<E: Flows>(env: &E, work: &mut Work) -> bool {
 
 /// Translates a packet for a backend that knows its client.
 #[inline(always)]
-fn deliver<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
-    let mut way = Verdict::Pass;
-    if work.flow.door != 0 {
-        if door::takes(packet, env, work) {
-            way = Verdict::Enter;
-        } else {
-            match env.door(work.flow.door) {
-                Some(door) if door.device != 0 => return travel(packet, env, work),
-                Some(_) => {}
-                None => return PASS,
-            }
-        }
-    }
+pub(crate) fn deliver<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
+    let way = match door::passage(packet, env, work) {
+        Passage::Stack => Verdict::Pass,
+        Passage::Enter => Verdict::Enter,
+        Passage::Around => return travel(packet, env, work),
+        Passage::Unknown => return PASS,
+    };
     translate(packet, env, work, way)
 }
 

@@ -11,8 +11,7 @@ use sheave_ebpf_abi::{config_flag, door_flag};
 /// The place of the door that leads to the backend of the flow in `work`; 0 where none does.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 pub(crate) fn find<P: Packet, E: Table + Node>(packet: &P, env: &E, work: &Work) -> u16 {
-    let wanted = env.config().is_some_and(|config| config.flags & config_flag::HOST_ROUTING != 0);
-    if !wanted || env.is_node_address(&work.flow.dst) {
+    if env.config().is_none_or(|config| config.flags & config_flag::HOST_ROUTING == 0) {
         return 0;
     }
     let Way::To(route) = env.route(&balance::journey(packet, &work.headers, &work.flow)) else { return 0 };
@@ -23,16 +22,34 @@ pub(crate) fn find<P: Packet, E: Table + Node>(packet: &P, env: &E, work: &Work)
     }
 }
 
-/// Whether a client's packet may go straight through its flow's door, which `work` has for its route then. Otherwise the
-/// routing table sees to it, and to what its sender is to be told.
+/// How a client's packet gets to the pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Passage {
+    /// By the stack: there is no door, or it was shut.
+    Stack,
+    /// Straight through the door, which `work` has for its route then.
+    Enter,
+    /// Past the stack, where the routing table says; who sent it may have to be told something.
+    Around,
+    /// Here nobody knows of doors.
+    Unknown,
+}
+
+/// How the client's packet in `work` gets to the pod.
 #[inline(always)]
-pub(crate) fn takes<P: Packet, E: Node>(packet: &P, env: &E, work: &mut Work) -> bool {
-    let Some(door) = env.door(work.flow.door) else { return false };
+pub(crate) fn passage<P: Packet, E: Node>(packet: &P, env: &E, work: &mut Work) -> Passage {
+    if work.flow.door == 0 {
+        return Passage::Stack;
+    }
+    let Some(door) = env.door(work.flow.door) else { return Passage::Unknown };
+    if door.device == 0 {
+        return Passage::Stack;
+    }
     work.route.device = door.device;
-    door.device != 0
-        && door.flags & door_flag::ENTER != 0
+    let enters = door.flags & door_flag::ENTER != 0
         && work.headers.hops > 1
-        && balance::wire_len(packet, &work.headers) <= u32::from(door.mtu)
+        && balance::wire_len(packet, &work.headers) <= u32::from(door.mtu);
+    if enters { Passage::Enter } else { Passage::Around }
 }
 
 /// Takes an answer that comes from a pod to its client, if that came by the pod's door.

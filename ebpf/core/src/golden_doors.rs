@@ -1,5 +1,6 @@
 //! Golden frames of connections that go past the node's stack to a pod of this node and back.
 
+use super::direct::wrapped;
 use super::{
     ACK, Frame, Hook, Icmp, L4, Out, PAYLOAD, PORT_LOCAL, PORT_POD, PORT_SERVICE, Place, SYN, Step, answered,
     error, pass, redirect, reversed,
@@ -29,6 +30,10 @@ pub fn conversation(p: &Place, doors: Doors) -> Vec<Step> {
         steps.extend(translated(doors, there, dnat));
         let large = |frame| Frame { more: Some(usize::from(DOOR_MTU) - PAYLOAD.len()), ..frame };
         steps.push(way(doors, false, "larger than the door", large(there), large(dnat)));
+        if l4 != L4::Tcp(SYN) {
+            let straight = way(doors, true, "later, sent on by another node", there, dnat);
+            steps.push(Step { input: wrapped(&there.bytes(), p.other_node, p.pod), ..straight });
+        }
         if doors != Doors::Shut {
             let what = if p.v4() { [11, 0] } else { [3, 0] };
             steps.push(answered("last hop", Frame { hops: 1, ..there }, what, 0));

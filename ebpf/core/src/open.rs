@@ -4,7 +4,7 @@
 use crate::affinity;
 use crate::answer::Answer;
 use crate::balance::{Link, OUTSIDE, PASS, Stage, Verdict, Work, drop, translate};
-use crate::door;
+use crate::door::{self, Passage};
 use crate::env::{Affinities, Claim, Flows, Node, Packet, Table};
 use crate::flow;
 use crate::packet::Headers;
@@ -117,22 +117,29 @@ pub fn open<P: Packet, E: Table + Affinities + Flows + Node>(
 /// goes the way of the later ones, which is not in this program too.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn begin<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work) -> Stage {
-    let way = if work.flow.door == 0 {
-        Verdict::Pass
-    } else if door::takes(packet, env, work) {
-        Verdict::Enter
-    } else {
-        return Stage::Again;
+    let way = match door::passage(packet, env, work) {
+        Passage::Stack => Verdict::Pass,
+        Passage::Enter => Verdict::Enter,
+        Passage::Around | Passage::Unknown => return Stage::Again,
     };
     translate(packet, env, work, way)
 }
 
-/// The slot for a packet: by the service's Maglev table at the first attempt, if it has one, else by chance, which is
-/// the same for every packet of a connection.
+/// A try to find a backend.
+#[derive(Clone, Copy)]
+struct Attempt {
+    scope: Scope,
+    /// Of several, the table changing meanwhile; what is bound or hashed is only asked for at the first.
+    first: bool,
+    /// Chance, the same for every packet of a connection.
+    entropy: u32,
+}
+
+/// The slot for a packet: by the service's Maglev table if it has one, else by chance.
 #[inline(always)]
-fn pick<E: Table>(env: &E, work: &Work, scope: Scope, attempt: u32, entropy: u32) -> Option<u32> {
+fn pick<E: Table>(env: &E, work: &Work, attempt: Attempt) -> Option<u32> {
     let (headers, frontend) = (&work.headers, &work.frontend);
-    if frontend.maglev != 0 && attempt == 0 && matches!(scope, Scope::Cluster) {
+    if frontend.maglev != 0 && attempt.first && matches!(attempt.scope, Scope::Cluster) {
         let seed = env.config().map_or(0, |config| config.maglev_seed);
         let hash = select::client_hash(
             &headers.src,
@@ -147,19 +154,13 @@ fn pick<E: Table>(env: &E, work: &Work, scope: Scope, attempt: u32, entropy: u32
             return Some(index);
         }
     }
-    Some(select::pick(select::range(frontend, scope)?, entropy))
+    Some(select::pick(select::range(frontend, attempt.scope)?, attempt.entropy))
 }
 
 /// The backend in a slot that is picked, and whether it is on this node.
 #[inline(always)]
-fn by_chance<E: Table>(
-    env: &E,
-    work: &Work,
-    scope: Scope,
-    attempt: u32,
-    entropy: u32,
-) -> Option<(Backend, bool)> {
-    let index = pick(env, work, scope, attempt, entropy)?;
+fn by_chance<E: Table>(env: &E, work: &Work, attempt: Attempt) -> Option<(Backend, bool)> {
+    let index = pick(env, work, attempt)?;
     let backend = resolve::backend_at(env, work.frontend.service, index)?;
     Some((backend, select::is_local(&work.frontend, index)))
 }
@@ -167,20 +168,14 @@ fn by_chance<E: Table>(
 /// The backend for a packet, and whether it is on this node: the one that its client is bound to, at the first attempt,
 /// where the service has session affinity. `None` when what was read does not fit together.
 #[inline(always)]
-fn choose<E: Table + Affinities>(
-    env: &E,
-    work: &Work,
-    scope: Scope,
-    attempt: u32,
-    entropy: u32,
-) -> Option<(Backend, bool)> {
+fn choose<E: Table + Affinities>(env: &E, work: &Work, attempt: Attempt) -> Option<(Backend, bool)> {
     let frontend = &work.frontend;
-    if frontend.affinity_timeout_s == 0 || attempt != 0 {
-        return by_chance(env, work, scope, attempt, entropy);
+    if frontend.affinity_timeout_s == 0 || !attempt.first {
+        return by_chance(env, work, attempt);
     }
-    let key = affinity::address_key(work.headers.src, frontend.service, scope);
-    let anyone = || by_chance(env, work, scope, attempt, entropy).map(|(backend, _)| backend);
-    let backend = affinity::choose(env, &key, frontend, scope, work.now_s, anyone)?;
+    let key = affinity::address_key(work.headers.src, frontend.service, attempt.scope);
+    let anyone = || by_chance(env, work, attempt).map(|(backend, _)| backend);
+    let backend = affinity::choose(env, &key, frontend, attempt.scope, work.now_s, anyone)?;
     // Two connections of a client at once may have picked apart, and the first one is what holds.
     let member = MemberKey { service: frontend.service, backend: backend.id };
     Some((backend, env.member(&member).is_some_and(|flags| flags & member_flag::LOCAL != 0)))
@@ -211,10 +206,10 @@ fn find<E: Table + Affinities>(env: &E, work: &mut Work, scope: Scope, link: Lin
         };
     }
     let mut entropy = tuple_hash(&work.headers);
-    let mut attempt = 0;
-    while attempt < PICKS {
-        let chosen = choose(env, work, scope, attempt, entropy);
-        attempt += 1;
+    let mut tries = 0;
+    while tries < PICKS {
+        let chosen = choose(env, work, Attempt { scope, first: tries == 0, entropy });
+        tries += 1;
         entropy = select::mix(u64::from(entropy) + 1);
         let Some((backend, local)) = chosen else { continue };
         assign(work, &backend);

@@ -347,7 +347,7 @@ pub fn unwrap<P: Packet, E: Table + Flows + Node>(packet: &mut P, env: &E, work:
             return if snat {
                 balance::travel(packet, env, work)
             } else {
-                balance::finish(packet, env, work)
+                balance::deliver(packet, env, work)
             };
         }
     }

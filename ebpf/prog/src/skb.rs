@@ -7,7 +7,7 @@ use aya_ebpf::{
     bindings::{BPF_F_CURRENT_NETNS, BPF_NOEXIST, bpf_sock_tuple},
     btf_maps::lpm_trie::Key,
     helpers::generated::{
-        bpf_fib_lookup, bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     programs::TcContext,
 };
@@ -245,10 +245,8 @@ impl<C: Hook> Node for Env<'_, C> {
             smac: [0; 6],
             dmac: [0; 6],
         };
-        let size = size_of::<FibLookup>() as i32;
-        let params = core::ptr::from_mut(&mut fib).cast();
-        // SAFETY: `fib` has the layout and the size of what the helper reads and writes.
-        let answer = unsafe { bpf_fib_lookup(self.ctx.as_ptr(), params, size, 0) };
+        // SAFETY: it is the program's own context. What is not sent at once is given its link-layer addresses by the kernel.
+        let answer = unsafe { fib.ask(self.ctx.as_ptr(), C::EARLY) };
         if C::EARLY {
             let here = answer == FIB_SUCCESS && fib.device == device;
             let (d, s) = (fib.dmac, fib.smac);

@@ -11,7 +11,7 @@ mod maps;
 use aya_ebpf::{
     EbpfContext,
     bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
-    helpers::generated::{bpf_fib_lookup, bpf_redirect_neigh, bpf_redirect_peer},
+    helpers::generated::{bpf_redirect_neigh, bpf_redirect_peer},
     macros::classifier,
     programs::TcContext,
 };
@@ -90,9 +90,8 @@ fn out(ctx: &TcContext, packet: &mut Skb<'_>, seen: &Seen) -> i32 {
         smac: [0; 6],
         dmac: [0; 6],
     };
-    let params = core::ptr::from_mut(&mut fib).cast();
-    // SAFETY: `fib` has the layout and the size of what the helper reads and writes.
-    let answer = unsafe { bpf_fib_lookup(ctx.as_ptr(), params, size_of::<FibLookup>() as i32, 0) };
+    // SAFETY: it is the program's own context.
+    let answer = unsafe { fib.ask(ctx.as_ptr(), false) };
     if answer != FIB_SUCCESS && answer != FIB_NO_NEIGH {
         Maps.count(NetCounter::FastFailed);
         return TC_ACT_UNSPEC;
