@@ -128,7 +128,7 @@ impl MapEntries {
     ///
     /// What is allocated at once follows from memory, rounded down to a power of two, and never less than
     /// [`MapSizes::default`]: the connection table takes a 512th of memory, clients with affinity and slots a 4096th
-    /// each. What is allocated as it comes has the default's room.
+    /// each. What is allocated as it comes has the default's room, and so have backends (6 MB).
     pub fn sizes(&self, memory_bytes: u64) -> MapSizes {
         /// Bytes that one entry of a map takes in the kernel, its bookkeeping included.
         const FLOW_BYTES: u64 = 160;

@@ -160,6 +160,15 @@ pub trait Node {
     fn in_source_range(&self, service: u32, client: &Address) -> bool;
     /// Whether a socket of this node would take packets with this tuple.
     fn has_socket(&self, key: &FlowKey) -> bool;
+    /// One attempt to find a port: [`crate::open::try_port`]. A program has it as a function of its own, which a verifier looks
+    /// at once and not for each attempt.
+    #[inline(always)]
+    fn try_port(&self, work: &mut Work, attempt: u32) -> Claim
+    where
+        Self: Table + Flows + Sized,
+    {
+        crate::open::try_port(self, work, attempt)
+    }
     /// Asks the routing table.
     fn route(&self, journey: &Journey) -> Way;
     /// The door at a place ([`Flow::door`]), which need not be one; `None` when a later hook is to see to it.

@@ -285,7 +285,6 @@ pub(crate) fn source<E: Table>(env: &E, headers: &Headers) -> Option<Address> {
 /// backend. Ports are tried in an order that the tuple gives, so that two processors with the same packet take the same one.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn disguise<E: Table + Flows + Node>(env: &E, work: &mut Work, as_whom: Source) -> Result<(), Counter> {
-    let Some(config) = env.config() else { return Err(Counter::NoNodeAddress) };
     let as_node = as_whom == Source::Node;
     if as_node {
         match source(env, &work.headers) {
@@ -295,29 +294,35 @@ fn disguise<E: Table + Flows + Node>(env: &E, work: &mut Work, as_whom: Source) 
         work.flow.flags |= flow_flag::SNAT;
         work.flow.door = 0;
     }
-    let mut seed = tuple_hash(&work.headers);
     // The client's own port comes first, unless that is what is taken.
     let mut attempt = u32::from(!as_node);
     while attempt < PORTS {
-        if attempt != 0 {
-            seed = select::mix(u64::from(seed) << 8 | u64::from(attempt));
-            work.flow.sport = port(&config, attempt, seed);
-        } else if is_local(&config, work.flow.sport) {
-            // The kernel may give it to a socket at any time.
-            work.flow.sport = 0;
-        }
-        attempt += 1;
-        flow::turn(work);
-        if work.flow.sport == 0 || as_node && env.has_socket(&work.other_key) {
-            continue;
-        }
-        match flow::take(env, work, false) {
+        match env.try_port(work, attempt) {
             Claim::Stored => return Ok(()),
-            Claim::Taken => {}
+            Claim::Taken => attempt += 1,
             Claim::Refused => return Err(Counter::FlowFull),
         }
     }
     Err(Counter::PortsExhausted)
+}
+
+/// Takes the tuple of the answers of the flow in `work` with its source's port of this attempt, if nobody has that.
+#[inline(always)]
+pub fn try_port<E: Table + Flows + Node>(env: &E, work: &mut Work, attempt: u32) -> Claim {
+    let Some(config) = env.config() else { return Claim::Refused };
+    if attempt != 0 {
+        let seed = select::mix(u64::from(tuple_hash(&work.headers)) << 8 | u64::from(attempt));
+        work.flow.sport = port(&config, attempt, seed);
+    } else if is_local(&config, work.flow.sport) {
+        // The kernel may give it to a socket at any time.
+        work.flow.sport = 0;
+    }
+    flow::turn(work);
+    let as_node = work.flow.flags & flow_flag::SNAT != 0;
+    if work.flow.sport == 0 || as_node && env.has_socket(&work.other_key) {
+        return Claim::Taken;
+    }
+    flow::take(env, work, false)
 }
 
 /// The first port of those in `config` that a flow is given whose client keeps its address, in host order.

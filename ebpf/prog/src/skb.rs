@@ -2,6 +2,7 @@
 
 use crate::event::tell;
 use crate::maps::{self, ANSWERS, DOORS, FLOWS, FRAGMENTS, MARKS, Maps, RANGES};
+use crate::tc::{STORED, TAKEN, shv_try_port};
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_F_CURRENT_NETNS, BPF_NOEXIST, bpf_sock_tuple},
@@ -177,6 +178,22 @@ impl<C: Hook> Node for Env<'_, C> {
         const BITS: u32 = 32 + 128;
         let [a, b, c, d] = client.words;
         RANGES.get(&Key::new(BITS, [service, a, b, c, d])).is_some()
+    }
+
+    #[inline(always)]
+    fn try_port(&self, work: &mut Work, attempt: u32) -> Claim {
+        if C::EARLY {
+            return Claim::Refused;
+        }
+        // The function finds this processor's work area, which is what this is, by itself.
+        core::hint::black_box(&mut *work);
+        let answer = shv_try_port(self.ctx.as_ptr().cast(), attempt);
+        core::hint::black_box(&mut *work);
+        match answer {
+            STORED => Claim::Stored,
+            TAKEN => Claim::Taken,
+            _ => Claim::Refused,
+        }
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@
 use crate::maps::{self, CALLS};
 use crate::skb::Env;
 use aya_ebpf::{
-    bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
+    bindings::{__sk_buff, TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
     helpers::generated::{bpf_ktime_get_ns, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     macros::classifier,
     programs::TcContext,
@@ -15,7 +15,7 @@ use core::ptr::{addr_of, addr_of_mut, read_volatile, write_volatile};
 use sheave_ebpf_abi::{Counter, call};
 use sheave_ebpf_core::answer::{self, Answer};
 use sheave_ebpf_core::balance::{self, Link, Side, Stage, Verdict, Work};
-use sheave_ebpf_core::env::{Route, Table as _};
+use sheave_ebpf_core::env::{Claim, Route, Table as _};
 use sheave_ebpf_core::{icmp, open, quick, tunnel};
 use sheave_ebpf_kernel::frame::Skb;
 
@@ -98,6 +98,25 @@ pub fn shv_tc_open(ctx: TcContext) -> i32 {
     set(&ctx, WORD_WHERE, place | OPENED);
     let stage = open::open(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, link(place));
     go_on(&ctx, work, stage)
+}
+
+/// The answers of [`shv_try_port`].
+pub const STORED: u32 = 0;
+pub const TAKEN: u32 = 1;
+pub const REFUSED: u32 = 2;
+
+/// One attempt to find a port for the flow in this processor's work area. It is a global function: the verifier looks at it
+/// once, and not at every attempt of every way to it, which was half of all its work.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn shv_try_port(ctx: *mut __sk_buff, attempt: u32) -> u32 {
+    let ctx = TcContext::new(ctx);
+    let Some(work) = maps::work() else { return REFUSED };
+    match open::try_port(&Env { ctx: &ctx }, work, attempt) {
+        Claim::Stored => STORED,
+        Claim::Taken => TAKEN,
+        Claim::Refused => REFUSED,
+    }
 }
 
 /// Called only: translates an ICMP error.

@@ -90,7 +90,8 @@ pub(super) struct Growth {
     maps: Vec<Growing>,
 }
 
-/// Names of the maps in `dir` that are smaller than asked for, or as an earlier build made them. Says which ones are larger: they keep their size.
+/// Names of the maps in `dir` that are smaller than asked for, or as an earlier build made them. Says which ones are larger:
+/// they keep their size.
 fn too_small(dir: &Path, sizes: &MapSizes) -> Result<Vec<&'static str>, DataplaneError> {
     let mut small = Vec::new();
     for shape in SHAPES {
