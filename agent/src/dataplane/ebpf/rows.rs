@@ -58,14 +58,14 @@ impl Rows {
         rows: Range<u32>,
         access: Access,
     ) -> io::Result<Self> {
-        if value == 0 || !value.is_multiple_of(WORD) {
-            return Err(invalid("value size"));
+        if value == 0 || !value.is_multiple_of(WORD) || rows.is_empty() {
+            return Err(invalid("no whole words, or no rows"));
         }
         let page =
             sysconf(SysconfVar::PAGE_SIZE)?.and_then(|size| usize::try_from(size).ok()).unwrap_or(4096);
         let (from, to) = (rows.start as usize * value, rows.end as usize * value);
         let first = from / page * page;
-        let len = NonZeroUsize::new(to.saturating_sub(first)).ok_or_else(|| invalid("no rows"))?;
+        let len = NonZeroUsize::new(to.saturating_sub(first)).ok_or_else(|| invalid("rows"))?;
         let offset = libc::off_t::try_from(first).map_err(|_| invalid("too many rows"))?;
         // SAFETY: the kernel chooses a place that nothing else has, and the mapping is given up only by `drop`.
         let start = unsafe { mmap(None, len, access.protection(), MapFlags::MAP_SHARED, map, offset) }?;
