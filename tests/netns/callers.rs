@@ -244,7 +244,8 @@ fn containerd_runs_containers_on_two_hosts() {
     let run = "ctr run --rm --cni --cgroup '' --snapshotter native localhost/busybox:1";
     b.start("server", &format!("{run} server /bin/sh -c 'ip -o -4 addr show eth0; {SERVE}'"));
     let server = wait_for("the server's address", || {
-        let said = b.sh("cat /run/server.log");
+        // Who writes it may not have begun yet.
+        let said = String::from_utf8_lossy(&b.try_sh("cat /run/server.log").stdout).into_owned();
         let ip = said.split_whitespace().find_map(|word| word.strip_suffix("/32")).map(str::to_owned);
         ip.ok_or(said)
     });
