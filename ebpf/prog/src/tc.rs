@@ -106,7 +106,7 @@ pub const TAKEN: u32 = 1;
 pub const REFUSED: u32 = 2;
 
 /// One attempt to find a port for the flow in this processor's work area. It is a global function: the verifier looks at it
-/// once, and not at every attempt of every way to it, which was half of all its work.
+/// once, and not at every attempt of every way to it, which was a quarter of all its work.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn shv_try_port(ctx: *mut __sk_buff, attempt: u32) -> u32 {

@@ -29,7 +29,7 @@ const NO_PREALLOC: u32 = 1;
 /// BPF_F_MMAPABLE (uapi/linux/bpf.h).
 const MMAPABLE: u32 = 1 << 10;
 
-/// Elements that are written one by one into an array's memory: mapping that costs about what a system call for a few does.
+/// From so many rows on they are written in the array's memory, which has to be mapped; fewer by a system call.
 const MAPPED_FROM: usize = 128;
 
 /// What a map of this ABI version looks like.
@@ -276,7 +276,8 @@ impl<K: Plain, V: Plain> Map<K, V> {
 }
 
 impl<V: Plain> Map<u32, V> {
-    /// Writes all rows, in order: many of them where they lie in memory, if the map lets us, which takes a tenth of the time.
+    /// Writes all rows, in order: many of them where they lie in memory, if the map lets us, which takes a
+    /// twentieth of the time.
     pub(super) fn put_rows(&self, rows: &[(u32, V)]) -> Result<(), DataplaneError> {
         let from = rows.iter().map(|(index, _)| *index).min().unwrap_or(0);
         let to = rows.iter().map(|(index, _)| *index + 1).max().unwrap_or(0);

@@ -40,6 +40,7 @@ use crate::service::{
 use aya::Ebpf;
 use link::{ANSWER_HOOKS, CALLS, CGROUP_HOOKS, DeviceHook, LINKS, Order, POD_HOOKS, Target, UPLINK_HOOKS};
 use map::Map;
+use nix::mount::MntFlags;
 use sheave_ebpf_abi::{
     ABI_VERSION, Address, Backend, Config, Door, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key,
     MAGLEV_SLOTS, MaglevTable, MemberKey, Plain as _, RangeKey, Slot, config_flag, map as names,
@@ -582,7 +583,9 @@ pub fn uninstall(pin_dir: &Path) -> Result<(), Vec<DataplaneError>> {
     let mut removed = fs::remove_dir(pin_dir);
     if removed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::ResourceBusy) {
         // The directory itself is a mount: the bpffs that opening made.
-        removed = nix::mount::umount(pin_dir).map_err(io::Error::from).and_then(|()| fs::remove_dir(pin_dir));
+        // A process that is being started may hold a directory of it open for a moment.
+        let unmounted = nix::mount::umount2(pin_dir, MntFlags::MNT_DETACH);
+        removed = unmounted.map_err(io::Error::from).and_then(|()| fs::remove_dir(pin_dir));
     }
     match removed {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
