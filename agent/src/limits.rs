@@ -204,6 +204,8 @@ pub const MAP_ENTRIES_MIN: u32 = 2;
 pub const MAP_ENTRIES_MAX: u32 = 1 << 26;
 /// Share of the host's memory that the connection table may take: a 512th.
 pub const FLOWS_MEMORY_SHARE: u64 = 512;
+/// Sets of the connection table whose entries are counted to tell how full it is.
+pub const FLOW_SETS_COUNTED: u32 = 4096;
 /// Share of the host's memory that clients with session affinity may take: a 4096th.
 pub const AFFINITY_MEMORY_SHARE: u64 = 4096;
 /// Share of the host's memory that slots may take: a 4096th.

@@ -6,6 +6,7 @@ use crate::limits;
 use crate::service::IpvsScheduler;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
+use sheave_ebpf_abi::{FLOWS_PER_SET, FlowSet};
 use std::net::{Ipv4Addr, SocketAddr};
 
 /// How services are balanced on a node.
@@ -131,7 +132,7 @@ impl MapEntries {
     /// each. What is allocated as it comes has the default's room, and so have backends (6 MB).
     pub fn sizes(&self, memory_bytes: u64) -> MapSizes {
         /// Bytes that one entry of a map takes in the kernel, its bookkeeping included.
-        const FLOW_BYTES: u64 = 160;
+        const FLOW_BYTES: u64 = (size_of::<FlowSet>() as u64).div_ceil(FLOWS_PER_SET as u64);
         const AFFINITY_BYTES: u64 = 96;
         const SLOT_BYTES: u64 = 8;
         let least = MapSizes::default();

@@ -53,6 +53,8 @@ counters! {
     NoLocalEndpoints = 12, "no_local_endpoints", true;
     /// A flow entry could not be stored.
     FlowFull = 13, "flow_full", true;
+    /// An entry of a connection that still counted made room for another one's: the connection table is too small.
+    FlowEvicted = 14, "flow_evicted", false;
     /// A packet's headers were cut short or malformed; it was left to the stack.
     BadHeader = 15, "bad_header", false;
     /// A fragment came before the first one of its packet, which tells the ports; it was left to the stack.

@@ -1,8 +1,8 @@
 //! What remembers a translation: per socket, and per connection through a device. Invariant: the two entries of a
 //! connection carry each other's full tuple, so either can be rebuilt or judged from the other.
 
-use crate::Address;
 use crate::layout::plain;
+use crate::{Address, PROTO_TCP};
 
 plain! {
     /// Value of the socket storage: the last service that the socket was sent to a backend of.
@@ -157,6 +157,60 @@ plain! {
     }
 }
 
+/// Entries of one set of the connection table.
+pub const FLOW_WAYS: usize = 7;
+/// Entries for which a set is made: sets that have many at a time must have room for those that others have fewer of.
+pub const FLOWS_PER_SET: u32 = 5;
+/// Words of the secret that a tuple's place follows from.
+pub const FLOW_SECRETS: usize = 10;
+/// Seconds after which the lock of a set belongs to nobody any more. It is held for less than a microsecond.
+pub const FLOW_LOCK_STALE_S: u64 = 5;
+
+/// Elements of a connection table for so many entries.
+pub const fn flow_elements(entries: u32) -> u32 {
+    1 + if entries == 0 { 1 } else { entries.div_ceil(FLOWS_PER_SET) }
+}
+
+plain! {
+    /// An entry of the connection table.
+    pub struct FlowEntry = 96 {
+        /// Whose it is.
+        pub key: FlowKey,
+        /// What its packets become.
+        pub flow: Flow,
+        /// Its tag in [`FlowSet::tags`]; another one while it is being written.
+        pub tag: u32,
+    }
+}
+
+plain! {
+    /// Element of the connection table: entries of which one may have to make room for another.
+    pub struct FlowSet = 768 {
+        /// One more than the second of the kernel's monotonic clock in which someone began to store an entry; 0 when nobody does.
+        pub lock: u64,
+        /// By what the entries are told apart at a glance; 0 for a free one.
+        pub tags: [u32; FLOW_WAYS],
+        /// The last seconds in which the entries count.
+        pub until_s: [u32; FLOW_WAYS],
+        /// The entries.
+        pub entries: [FlowEntry; FLOW_WAYS],
+        /// Zero: the next set begins where a line of the processor's cache does, as this one.
+        pub spare: [u32; 8],
+    }
+}
+
+plain! {
+    /// First element of the connection table, which is no set.
+    pub struct FlowHead = 768 {
+        /// How many sets follow.
+        pub sets: u32,
+        /// What the places of tuples are mixed with, as long as the table lives.
+        pub secret: [u32; FLOW_SECRETS],
+        /// Zero.
+        pub spare: [u32; 181],
+    }
+}
+
 /// Bits of [`Door::flags`].
 pub mod door_flag {
     /// Packets may enter the pod's namespace at once: nobody else wants to see them at the device.
@@ -176,7 +230,7 @@ plain! {
     }
 }
 
-/// Seconds without a packet after which an entry counts as gone. An LRU map needs nobody to take it out.
+/// Seconds without a packet after which an entry counts as gone. Nobody has to take it out: its place is used again.
 pub mod flow_timeout_s {
     /// TCP until the backend has answered.
     pub const TCP_OPENING: u32 = 60;
@@ -188,6 +242,38 @@ pub mod flow_timeout_s {
     pub const DATAGRAM: u32 = 60;
     /// Everything else afterwards.
     pub const DATAGRAM_REPLIED: u32 = 180;
+}
+
+/// Whether the connection has ended by what was seen of it.
+#[inline(always)]
+pub const fn is_closing(flags: u16) -> bool {
+    const BOTH: u16 = flow_flag::FIN_CLIENT | flow_flag::FIN_BACKEND;
+    flags & flow_flag::RESET != 0 || flags & BOTH == BOTH
+}
+
+/// Seconds without a packet after which an entry with these flags counts as gone.
+#[inline(always)]
+pub const fn lifetime_s(flags: u16, proto: u8) -> u32 {
+    let replied = flags & flow_flag::REPLIED != 0;
+    if proto == PROTO_TCP {
+        if is_closing(flags) {
+            flow_timeout_s::TCP_CLOSING
+        } else if replied {
+            flow_timeout_s::TCP_ESTABLISHED
+        } else {
+            flow_timeout_s::TCP_OPENING
+        }
+    } else if replied {
+        flow_timeout_s::DATAGRAM_REPLIED
+    } else {
+        flow_timeout_s::DATAGRAM
+    }
+}
+
+/// The last second in which an entry with these flags counts, if nothing is seen of it after `seen_s`.
+#[inline(always)]
+pub const fn until_s(seen_s: u32, flags: u16, proto: u8) -> u32 {
+    seen_s.saturating_add(lifetime_s(flags, proto))
 }
 
 plain! {

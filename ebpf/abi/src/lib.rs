@@ -7,6 +7,9 @@
 //! byte order too, so that a hook compares them with what the kernel hands it without swapping.
 #![no_std]
 
+#[cfg(test)]
+extern crate std;
+
 mod address;
 mod config;
 mod counter;
@@ -15,6 +18,7 @@ mod flow;
 mod layout;
 pub mod map;
 mod net;
+pub mod place;
 mod service;
 
 pub use address::{Address, MAPPED_WORD};
@@ -22,8 +26,9 @@ pub use config::{Config, config_flag, node_addr_flag};
 pub use counter::{COUNTERS, Counter};
 pub use event::{Event, event_hook, event_kind};
 pub use flow::{
-    Door, Flow, FlowKey, Fragment, FragmentKey, ReverseEntry, ReverseKey, ReverseValue, answer_kind, call,
-    door_flag, flow_flag, flow_timeout_s, fold, mark_of, peer_places,
+    Door, FLOW_LOCK_STALE_S, FLOW_SECRETS, FLOW_WAYS, FLOWS_PER_SET, Flow, FlowEntry, FlowHead, FlowKey,
+    FlowSet, Fragment, FragmentKey, ReverseEntry, ReverseKey, ReverseValue, answer_kind, call, door_flag,
+    flow_elements, flow_flag, flow_timeout_s, fold, is_closing, lifetime_s, mark_of, peer_places, until_s,
 };
 pub use layout::Plain;
 pub use net::{

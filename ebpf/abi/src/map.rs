@@ -19,7 +19,7 @@ pub const PEERS: &str = "shv_peers";
 pub const PEER_OWNERS: &str = "shv_peer_owners";
 /// LRU [`crate::ReverseKey`] → [`crate::ReverseValue`].
 pub const REVERSE_LRU: &str = "shv_reverse";
-/// LRU [`crate::FlowKey`] → [`crate::Flow`].
+/// Array of [`crate::FlowSet`], which user space may map: the connection table. Element 0 is a [`crate::FlowHead`].
 pub const FLOWS: &str = "shv_flows";
 /// LRU [`crate::FragmentKey`] → [`crate::Fragment`].
 pub const FRAGMENTS: &str = "shv_fragments";
@@ -99,6 +99,8 @@ pub const REVERSE_MAX: usize = 32_768;
 pub const FRAGMENTS_MAX: usize = 8_192;
 /// Connections through devices, two entries each.
 pub const FLOWS_MAX: usize = 65_536;
+/// Elements of the table of so many (768 bytes each, allocated at once).
+pub const FLOW_ELEMENTS_MAX: usize = crate::flow_elements(FLOWS_MAX as u32) as usize;
 /// Addresses of one node.
 pub const NODE_ADDRS_MAX: usize = 1_024;
 /// Room for reasons; more than there are, so that a new one needs no new map.

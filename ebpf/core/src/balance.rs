@@ -191,27 +191,27 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
     }
     let mut reply = false;
     work.known = false;
-    if let Some(flow) = env.flow(&work.key) {
+    if env.flow_into(&work.key, &mut work.flow) {
         work.known = true;
-        work.flow = flow;
         work.now_s = env.now_s();
         if flow::is_left(work) {
             flow::end(env, work);
             work.known = false;
             return if frontend(env, work, link) { Stage::Open } else { PASS };
         }
-        reply = flow.flags & flow_flag::REPLY != 0;
-        let snat = flow.flags & flow_flag::SNAT != 0;
+        let flags = work.flow.flags;
+        reply = flags & flow_flag::REPLY != 0;
+        let snat = flags & flow_flag::SNAT != 0;
         if reply && !snat {
             return if matches!(link, Link::Pod) { door::leave(packet, env, work) } else { PASS };
         }
         let stands = if reply {
-            !flow::is_expired(&flow, work.headers.proto, work.now_s)
+            !flow::is_expired(&work.flow, work.headers.proto, work.now_s)
         } else {
-            flow::keeps(env, work) && (flow.flags & flow_flag::TUNNEL == 0 || is_direct(env, work, link))
+            flow::keeps(env, work) && (flags & flow_flag::TUNNEL == 0 || is_direct(env, work, link))
         };
         if stands && flow::note(env, work) {
-            if flow.flags & flow_flag::TUNNEL != 0 {
+            if flags & flow_flag::TUNNEL != 0 {
                 return tunnel::wrap(packet, env, work);
             }
             return if snat { travel(packet, env, work) } else { deliver(packet, env, work) };
@@ -254,9 +254,8 @@ pub fn from_pod<P: Packet, E: Table + Flows + Node>(packet: &mut P, env: &E, wor
 /// Whether the packet is a backend's answer that is translated for a client who is known to it; `work` has its flow then.
 #[inline(always)]
 fn answered<E: Flows>(env: &E, work: &mut Work) -> bool {
-    match env.flow(&work.key) {
-        Some(flow) => work.flow = flow,
-        None => return false,
+    if !env.flow_into(&work.key, &mut work.flow) {
+        return false;
     }
     work.now_s = env.now_s();
     if flow::is_left(work) {

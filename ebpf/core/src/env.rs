@@ -80,7 +80,7 @@ pub enum Claim {
     Stored,
     /// There is an entry with this key already.
     Taken,
-    /// The kernel refused.
+    /// There was no room for it.
     Refused,
 }
 
@@ -88,6 +88,18 @@ pub enum Claim {
 pub trait Flows {
     /// Looks an entry up and leaves it as it is.
     fn flow(&self, key: &FlowKey) -> Option<Flow>;
+    /// The same into a place that the caller has, which saves a short stack from copies; false where there is none, when the
+    /// place may have been overwritten.
+    #[inline(always)]
+    fn flow_into(&self, key: &FlowKey, into: &mut Flow) -> bool {
+        match self.flow(key) {
+            Some(flow) => {
+                *into = flow;
+                true
+            }
+            None => false,
+        }
+    }
     /// Notes in an entry that it was seen `now_s` and that `state` (bits of [`sheave_ebpf_abi::flow_flag::STATE`]) holds
     /// too; gives it as it was before, `None` when there is none.
     fn touch(&self, key: &FlowKey, now_s: u32, state: u16) -> Option<Flow>;

@@ -4,7 +4,7 @@
 use crate::balance::Work;
 use crate::env::{Claim, Flows, Table};
 use crate::packet::Tuple;
-use sheave_ebpf_abi::{Flow, FlowKey, PROTO_TCP, flow_flag, flow_timeout_s};
+use sheave_ebpf_abi::{Flow, FlowKey, PROTO_TCP, flow_flag, flow_timeout_s, is_closing, lifetime_s};
 
 /// What a packet of the flow becomes.
 #[inline(always)]
@@ -44,13 +44,6 @@ pub fn same(a: &Flow, b: &Flow) -> bool {
     a.src == b.src && a.dst == b.dst && a.sport == b.sport && a.dport == b.dport
 }
 
-/// Whether the connection has ended by what was seen of it.
-#[inline(always)]
-pub const fn is_closing(flags: u16) -> bool {
-    const BOTH: u16 = flow_flag::FIN_CLIENT | flow_flag::FIN_BACKEND;
-    flags & flow_flag::RESET != 0 || flags & BOTH == BOTH
-}
-
 /// Leaves the mark of the hosts of a tuple that has a flow, or is to have one.
 #[inline(always)]
 pub fn mark<E: Flows>(env: &E, key: &FlowKey, now_s: u32) {
@@ -70,22 +63,8 @@ pub fn may_be<E: Flows>(env: &E, place: u32) -> bool {
 /// Whether nothing was seen of the connection for so long that it counts as gone.
 #[inline(always)]
 pub const fn is_expired(flow: &Flow, proto: u8, now_s: u32) -> bool {
-    let replied = flow.flags & flow_flag::REPLIED != 0;
-    let limit = if proto == PROTO_TCP {
-        if is_closing(flow.flags) {
-            flow_timeout_s::TCP_CLOSING
-        } else if replied {
-            flow_timeout_s::TCP_ESTABLISHED
-        } else {
-            flow_timeout_s::TCP_OPENING
-        }
-    } else if replied {
-        flow_timeout_s::DATAGRAM_REPLIED
-    } else {
-        flow_timeout_s::DATAGRAM
-    };
     // Another CPU's clock may be a moment ahead.
-    now_s.saturating_sub(flow.seen_s) > limit
+    now_s.saturating_sub(flow.seen_s) > lifetime_s(flow.flags, proto)
 }
 
 /// Whether a client that begins a connection with the tuple of `flow` begins another one. Of a flow that is answered past

@@ -117,14 +117,8 @@ pub(crate) fn find<P: Packet, E: Flows>(packet: &P, env: &E, work: &mut Work) ->
         proto: work.quote.proto,
         pad: [0; 3],
     };
-    match env.flow(&work.key) {
-        // Who did not send the quoted packet is told nothing of it.
-        Some(flow) if work.headers.dst == work.key.dst => {
-            work.flow = flow;
-            true
-        }
-        _ => false,
-    }
+    // Who did not send the quoted packet is told nothing of it.
+    work.headers.dst == work.key.dst && env.flow_into(&work.key, &mut work.flow)
 }
 
 /// An ICMP error at a device. It goes the way that answers to the packet that it quotes go, and is translated where

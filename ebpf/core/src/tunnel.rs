@@ -197,13 +197,9 @@ pub(crate) fn is_about_one<P: Packet, E: Flows>(packet: &P, env: &E, work: &mut 
         return false;
     }
     work.key = work.headers.key();
-    match env.flow(&work.key) {
-        Some(flow) if flow.flags & flow_flag::TUNNEL != 0 && flow.dst == work.outer[1] => {
-            work.flow = flow;
-            true
-        }
-        _ => false,
-    }
+    env.flow_into(&work.key, &mut work.flow)
+        && work.flow.flags & flow_flag::TUNNEL != 0
+        && work.flow.dst == work.outer[1]
 }
 
 /// Tells the client what an error says of its packet on the way to the backend, as if from the address that it asked.
@@ -332,11 +328,7 @@ pub fn unwrap<P: Packet, E: Table + Flows + Node>(packet: &mut P, env: &E, work:
         Kind::IcmpError => return unwrap_error(packet, env, work),
         _ => return PASS,
     }
-    let held = env.flow(&work.key);
-    work.known = held.is_some();
-    if let Some(flow) = held {
-        work.flow = flow;
-    }
+    work.known = env.flow_into(&work.key, &mut work.flow);
     if work.known && leads_to(&work.flow, &work.outer[1]) {
         work.now_s = env.now_s();
         if flow::keeps(env, work) && flow::note(env, work) {

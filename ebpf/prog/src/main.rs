@@ -7,6 +7,7 @@
 mod bind;
 mod connect;
 mod event;
+mod flows;
 mod maps;
 mod peer;
 mod release;

@@ -8,9 +8,9 @@ use aya_ebpf::{
 };
 use core::ptr::{read_volatile, write_volatile};
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Door, Event, Flow, FlowKey, Fragment, FragmentKey,
-    Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable, MemberKey, Plain, ReverseEntry,
-    ReverseKey, ReverseValue, Slot, answer_kind, call, map,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Door, Event, FlowSet, Fragment, FragmentKey,
+    Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS, MaglevTable, MemberKey, ReverseEntry, ReverseKey,
+    ReverseValue, Slot, answer_kind, call, map,
 };
 use sheave_ebpf_core::balance::Work;
 use sheave_ebpf_core::env::{Affinities, Peers, Table};
@@ -36,7 +36,7 @@ static PEER_OWNERS: Array<u64, { map::PEERS_MAX }> = Array::new();
 #[btf_map(name = "shv_reverse")]
 pub static REVERSE_LRU: LruHashMap<ReverseKey, ReverseValue, { map::REVERSE_MAX }> = LruHashMap::new();
 #[btf_map(name = "shv_flows")]
-pub static FLOWS: LruHashMap<FlowKey, Flow, { map::FLOWS_MAX }> = LruHashMap::new();
+pub static FLOWS: Array<FlowSet, { map::FLOW_ELEMENTS_MAX }, MAPPED> = Array::new();
 #[btf_map(name = "shv_fragments")]
 pub static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { map::FRAGMENTS_MAX }> = LruHashMap::new();
 #[btf_map(name = "shv_calls")]

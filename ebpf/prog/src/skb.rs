@@ -1,11 +1,12 @@
 //! The node that a packet at a device came to. Invariant: what the kernel answers is handed on as it is.
 
 use crate::event::tell;
-use crate::maps::{self, ANSWERS, DOORS, FLOWS, FRAGMENTS, MARKS, Maps, RANGES};
+use crate::flows;
+use crate::maps::{self, ANSWERS, DOORS, FRAGMENTS, MARKS, Maps, RANGES};
 use crate::tc::{STORED, TAKEN, shv_try_port};
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_F_CURRENT_NETNS, BPF_NOEXIST, bpf_sock_tuple},
+    bindings::{BPF_F_CURRENT_NETNS, bpf_sock_tuple},
     btf_maps::lpm_trie::Key,
     helpers::generated::{
         bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
@@ -23,8 +24,6 @@ use sheave_ebpf_kernel::fib::{AF_INET, AF_INET6, FIB_FRAG_NEEDED, FIB_NO_NEIGH, 
 use sheave_ebpf_kernel::frame;
 use sheave_ebpf_kernel::value::{copy, replace};
 
-/// EEXIST (asm-generic/errno-base.h).
-const EEXIST: i32 = 17;
 /// A program's context at a network device.
 pub trait Hook: EbpfContext {
     /// Whether a later hook is there for what this one can't do: it then wants the neighbour's address at once, and
@@ -106,40 +105,32 @@ impl<C: Hook> Affinities for Env<'_, C> {
 impl<C: Hook> Flows for Env<'_, C> {
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<Flow> {
-        FLOWS.get_ptr(key).map(copy)
+        flows::get(key)
+    }
+
+    #[inline(always)]
+    fn flow_into(&self, key: &FlowKey, into: &mut Flow) -> bool {
+        flows::get_into(key, into)
     }
 
     #[inline(always)]
     fn touch(&self, key: &FlowKey, now_s: u32, state: u16) -> Option<Flow> {
-        let held = FLOWS.get_ptr_mut(key)?;
-        let flow = copy(held.cast_const());
-        // SAFETY: the element stays readable and writable until the program ends; a write that races with its
-        // eviction touches only the time and the state of a flow entry.
-        unsafe {
-            (*held).seen_s = now_s;
-            (*held).flags = flow.flags | state;
-        }
-        Some(flow)
+        flows::touch(key, now_s, state)
     }
 
     #[inline(always)]
     fn claim(&self, key: &FlowKey, flow: &Flow) -> Claim {
-        match FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)) {
-            Ok(()) => Claim::Stored,
-            Err(error) if error == -EEXIST => Claim::Taken,
-            Err(_) => Claim::Refused,
-        }
+        flows::put(key, flow, true, || self.count(Counter::FlowEvicted))
     }
 
     #[inline(always)]
     fn replace(&self, key: &FlowKey, flow: &Flow) -> bool {
-        FLOWS.insert(key, flow, 0).is_ok()
+        flows::put(key, flow, false, || self.count(Counter::FlowEvicted)) == Claim::Stored
     }
 
     #[inline(always)]
     fn remove(&self, key: &FlowKey) {
-        // One that is gone already is as good.
-        let _ = FLOWS.remove(key);
+        flows::remove(key);
     }
 
     #[inline(always)]

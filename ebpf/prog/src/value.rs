@@ -43,9 +43,19 @@ pub fn replace<T: Plain>(place: *mut T, value: &T) {
 /// Writes `new` where there is 0, at once; false where there was something else.
 ///
 /// # Safety
-/// `place` points into a map value that the kernel keeps writable until the program ends, and is aligned to 8.
+/// As for [`exchange64`].
 #[inline(always)]
 pub unsafe fn claim(place: *mut u64, new: u64) -> bool {
+    // SAFETY: as the caller promises.
+    unsafe { exchange64(place, 0, new) == 0 }
+}
+
+/// Writes `new` where there is `old`, at once, and gives what was there.
+///
+/// # Safety
+/// `place` points into a map value that the kernel keeps writable until the program ends, and is aligned to 8.
+#[inline(always)]
+pub unsafe fn exchange64(place: *mut u64, old: u64, new: u64) -> u64 {
     // SAFETY: as the caller promises. The instruction is in the kernel since 5.12, and `core` has none for this target.
     unsafe {
         let was: u64;
@@ -53,8 +63,50 @@ pub unsafe fn claim(place: *mut u64, new: u64) -> bool {
             "r0 = cmpxchg_64({place} + 0, r0, {new})",
             place = in(reg) place,
             new = in(reg) new,
-            inout("r0") 0_u64 => was,
+            inout("r0") old => was,
         );
-        was == 0
+        was
     }
+}
+
+/// The same for a word of 32 bits.
+///
+/// # Safety
+/// As for [`exchange64`], with a place that is aligned to 4.
+#[inline(always)]
+pub unsafe fn exchange32(place: *mut u32, old: u32, new: u32) -> u32 {
+    // SAFETY: as the caller promises; as there.
+    unsafe {
+        let was: u32;
+        core::arch::asm!(
+            "w0 = cmpxchg32_32({place} + 0, w0, {new})",
+            place = in(reg) place,
+            new = in(wreg) new,
+            inout("w0") old => was,
+        );
+        was
+    }
+}
+
+/// Copies a value, reading and writing every word of it exactly once.
+///
+/// # Safety
+/// Both places hold size_of::<T>() bytes aligned to 4, and `from` holds a value.
+#[inline(always)]
+pub unsafe fn move_words<T: Plain>(from: *const T, into: *mut T) {
+    const { assert!(size_of::<T>() % 4 == 0 && align_of::<T>() >= 4) };
+    let mut word = 0;
+    while word < size_of::<T>() / 4 {
+        // SAFETY: as the caller promises.
+        unsafe { write_volatile(into.cast::<u32>().add(word), read_volatile(from.cast::<u32>().add(word))) };
+        word += 1;
+    }
+}
+
+/// A number of which the compiler knows nothing more, so that the register which is compared is the one that is used.
+#[inline(always)]
+pub fn opaque(mut number: u64) -> u64 {
+    // SAFETY: the register is moved to itself. Without an instruction the kernel finds two source lines at the next one.
+    unsafe { core::arch::asm!("{0} = {0}", inout(reg) number, options(pure, nomem)) };
+    number
 }

@@ -4,12 +4,13 @@
 //! New maps are pinned in a directory beside the others and filled; programs are loaded over them and over those maps
 //! that stay; links are updated in place; then the new pins are moved over the old ones.
 
+use super::flows::{self, FlowTable};
 use super::load;
 use super::map::{self, Map, SHAPES, Shape};
 use super::sys::{self, ElemSize};
 use crate::dataplane::{DataplaneError, MapSizes};
 use aya::Ebpf;
-use sheave_ebpf_abi::{Backend, map as names};
+use sheave_ebpf_abi::{Backend, Flow, FlowKey, FlowSet, Plain as _, flow_elements, map as names};
 use std::collections::HashSet;
 use std::fs;
 use std::io;
@@ -28,7 +29,7 @@ pub(super) fn wanted(name: &str, sizes: &MapSizes) -> Option<u32> {
         names::FRONTENDS4 | names::FRONTENDS6 => sizes.frontends,
         names::SLOTS => sizes.slots,
         names::BACKENDS => sizes.backends,
-        names::FLOWS => sizes.flows,
+        names::FLOWS => flow_elements(sizes.flows),
         names::AFFINITY => sizes.affinity,
         names::MEMBERS => sizes.members,
         names::RANGES => sizes.ranges,
@@ -50,6 +51,7 @@ fn roomy(dir: &Path, sizes: &MapSizes) -> Result<MapSizes, DataplaneError> {
         }
         match shape.name {
             names::SLOTS => sizes.slots = sizes.slots.max(info.max_entries),
+            names::FLOWS => sizes.flows = sizes.flows.max(info.max_entries),
             names::BACKENDS => {
                 let held = Map::<u32, Backend>::open(dir, shape.name)?.entries(usize::MAX)?;
                 let rows = held.iter().map(|(id, _)| id.saturating_add(1)).max().unwrap_or(0);
@@ -77,7 +79,11 @@ fn is_live(name: &str) -> bool {
 struct Growing {
     shape: &'static Shape,
     old: OwnedFd,
+    /// Its keys and values, which may be those of an earlier build.
+    old_size: ElemSize,
     new: OwnedFd,
+    /// Where the new one is pinned.
+    side: PathBuf,
     /// How many rows an array has.
     rows: Option<u32>,
     /// Keys that were copied already, of a map that the programs write; `None` before the first copy.
@@ -88,6 +94,11 @@ struct Growing {
 pub(super) struct Growth {
     dir: PathBuf,
     maps: Vec<Growing>,
+}
+
+/// The entries that so many elements of a map have room for.
+fn entries(shape: &Shape, elements: u32) -> u64 {
+    if shape.name == names::FLOWS { flows::entries_of(elements) } else { u64::from(elements) }
 }
 
 /// Names of the maps in `dir` that are smaller than asked for, or as an earlier build made them. Says which ones are larger:
@@ -103,16 +114,16 @@ fn too_small(dir: &Path, sizes: &MapSizes) -> Result<Vec<&'static str>, Dataplan
         } else if info.max_entries < wanted {
             tracing::info!(
                 map = shape.name,
-                from = info.max_entries,
-                to = wanted,
+                from = entries(shape, info.max_entries),
+                to = entries(shape, wanted),
                 "map grows, its content stays"
             );
             small.push(shape.name);
         } else if info.max_entries > wanted {
             tracing::warn!(
                 map = shape.name,
-                entries = info.max_entries,
-                asked = wanted,
+                entries = entries(shape, info.max_entries),
+                asked = entries(shape, wanted),
                 "map keeps its larger size: shrinking would lose content; `sheave down` removes it"
             );
         }
@@ -146,13 +157,14 @@ pub(super) fn begin(dir: &Path, sizes: &MapSizes) -> Result<Option<(Growth, Ebpf
     let mut maps = Vec::new();
     for shape in SHAPES.iter().filter(|shape| growing.contains(&shape.name)) {
         // Without an old one the pin was moved already, and another start died right after it.
-        let (Some((old, _)), Some((new, info))) =
+        let (Some((old, old_info)), Some((new, info))) =
             (map::open_pinned(dir, shape)?, map::open_pinned(&side, shape)?)
         else {
             continue;
         };
         let rows = shape.is_array().then_some(info.max_entries);
-        let mut growing = Growing { shape, old, new, rows, copied: None };
+        let old_size = ElemSize { key: old_info.key_size as usize, value: old_info.value_size as usize };
+        let mut growing = Growing { shape, old, old_size, new, side: side.clone(), rows, copied: None };
         if !is_live(shape.name) {
             growing.copy_all()?;
         }
@@ -217,7 +229,7 @@ impl Growing {
         &self,
         mut each: impl FnMut(&[u8], &[u8]) -> Result<(), DataplaneError>,
     ) -> Result<(), DataplaneError> {
-        let size = self.size();
+        let size = self.old_size;
         let mut room = (BATCH_BYTES / (size.key + size.value)).max(1);
         let mut cursor = None;
         loop {
@@ -242,6 +254,9 @@ impl Growing {
     }
 
     fn copy_all(&mut self) -> Result<(), DataplaneError> {
+        if self.shape.name == names::FLOWS {
+            return self.copy_flows();
+        }
         let mut copied = HashSet::new();
         let live = is_live(self.shape.name);
         self.walk(|keys, values| {
@@ -269,8 +284,56 @@ impl Growing {
         self.rows.is_none_or(|rows| index.is_some_and(|index| index < rows))
     }
 
+    /// The entries of the old connection table, whichever build made it.
+    fn flows(&self) -> Result<Vec<(FlowKey, Flow)>, DataplaneError> {
+        let mut found = Vec::new();
+        self.walk(|keys, values| {
+            if self.old_size.value == FlowSet::SIZE {
+                // The head holds no entries.
+                let sets = values.chunks_exact(FlowSet::SIZE).zip(keys.chunks_exact(4));
+                let sets = sets.filter(|(_, index)| **index != [0; 4]);
+                for set in sets.filter_map(|(value, _)| FlowSet::from_bytes(value)) {
+                    found.extend(flows::of_set(&set).map(|entry| (entry.key, entry.flow)));
+                }
+            } else {
+                let pairs = keys.chunks_exact(FlowKey::SIZE).zip(values.chunks_exact(Flow::SIZE));
+                found.extend(
+                    pairs.filter_map(|(key, value)| {
+                        Some((FlowKey::from_bytes(key)?, Flow::from_bytes(value)?))
+                    }),
+                );
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// [`Self::copy_all`] for the connection table, whose entries have other places in the new one.
+    fn copy_flows(&mut self) -> Result<(), DataplaneError> {
+        let table = FlowTable::open(&self.side)?;
+        let writer = table.writer()?;
+        let mut copied = HashSet::new();
+        for (key, flow) in self.flows()? {
+            writer.put(&key, &flow, true)?;
+            copied.insert(key.as_bytes().to_vec());
+        }
+        self.copied = Some(copied);
+        Ok(())
+    }
+
+    /// [`Self::copy_missed`] for the connection table.
+    fn copy_missed_flows(&self, copied: &HashSet<Vec<u8>>) -> Result<(), DataplaneError> {
+        let table = FlowTable::open(&self.side)?;
+        let writer = table.writer()?;
+        let missed = self.flows()?.into_iter().filter(|(key, _)| !copied.contains(key.as_bytes()));
+        missed.into_iter().try_for_each(|(key, flow)| writer.put(&key, &flow, false))
+    }
+
     /// Copies entries that came after they were copied, unless the new map has them by now.
     fn copy_missed(&self, copied: &HashSet<Vec<u8>>) -> Result<(), DataplaneError> {
+        if self.shape.name == names::FLOWS {
+            return self.copy_missed_flows(copied);
+        }
         let size = self.size();
         self.walk(|keys, values| {
             for (key, value) in keys.chunks_exact(size.key).zip(values.chunks_exact(size.value)) {
@@ -306,6 +369,7 @@ mod tests {
         let mut found: Vec<u32> = names::ALL.iter().filter_map(|name| wanted(name, &sizes)).collect();
         found.sort_unstable();
         found.dedup();
-        assert_eq!(found, [1, 2, 3, 4, 5, 6, 7, 8]);
+        // Four flows are a set, beside the head of the table.
+        assert_eq!(found, [1, 2, 3, 5, 6, 7, 8]);
     }
 }

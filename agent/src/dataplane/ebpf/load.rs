@@ -1,11 +1,13 @@
 //! From the object to loaded programs and pinned maps. Invariant: a map that is pinned is used as it is or refused,
 //! never replaced, so what the kernel balances now goes on.
 
+use super::flows::FlowTable;
 use super::grow;
 use super::map::{self, SHAPES};
 use crate::dataplane::{DataplaneError, MapSizes};
 use aya::programs::{CgroupSock, CgroupSockAddr, Program, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
+use sheave_ebpf_abi::map as names;
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,7 +31,11 @@ pub(super) fn load_at(sizes: &MapSizes, place: impl Fn(&str) -> PathBuf) -> Resu
             loader.map_max_entries(shape.name, entries);
         }
     }
-    loader.load(sheave_ebpf_object::BYTES).map_err(|e| classify(e.into(), "the maps"))
+    let object = loader.load(sheave_ebpf_object::BYTES).map_err(|e| classify(e.into(), "the maps"))?;
+    if let Some(dir) = place(names::FLOWS).parent() {
+        FlowTable::prepare(dir)?;
+    }
+    Ok(object)
 }
 
 /// Whether every map is pinned in `dir`, so that nothing has to be loaded to read or write them.

@@ -1,6 +1,7 @@
 //! Pinned maps. Invariant: a map is used only after the kernel said that its type, key, value and flags are what this
 //! build's layouts say.
 
+use super::flows::FlowTable;
 use super::rows::{Access, Rows};
 use super::sys::{self, ElemSize, MapInfo};
 use crate::dataplane::DataplaneError;
@@ -63,7 +64,7 @@ pub(super) const SHAPES: &[Shape] = &[
     shape::<u32, abi::ReverseEntry>(map::PEERS, kind::ARRAY, 0),
     shape::<u32, u64>(map::PEER_OWNERS, kind::ARRAY, 0),
     shape::<abi::ReverseKey, abi::ReverseValue>(map::REVERSE_LRU, kind::LRU_HASH, 0),
-    shape::<abi::FlowKey, abi::Flow>(map::FLOWS, kind::LRU_HASH, 0),
+    shape::<u32, abi::FlowSet>(map::FLOWS, kind::ARRAY, MMAPABLE),
     shape::<abi::FragmentKey, abi::Fragment>(map::FRAGMENTS, kind::LRU_HASH, 0),
     shape::<u32, u32>(map::CALLS, kind::PROG_ARRAY, 0),
     shape::<abi::Address, u32>(map::NODE_ADDRS, kind::HASH, NO_PREALLOC),
@@ -81,8 +82,9 @@ pub(super) const SHAPES: &[Shape] = &[
     shape::<u32, abi::Door>(map::DOORS, kind::ARRAY, 0),
 ];
 
-/// Shapes that maps of this ABI version had in earlier builds. Keys and values are the same; content is copied at a start.
+/// Shapes that maps of this ABI version had in earlier builds, whose content is copied at a start.
 const FORMER: &[Shape] = &[
+    shape::<abi::FlowKey, abi::Flow>(map::FLOWS, kind::LRU_HASH, 0),
     shape::<u32, abi::Slot>(map::SLOTS, kind::ARRAY, 0),
     shape::<u32, abi::Backend>(map::BACKENDS, kind::HASH, NO_PREALLOC),
 ];
@@ -110,7 +112,7 @@ impl Shape {
     }
 }
 
-/// Whether an earlier build made the map: its shape is another, its keys and values are the same.
+/// Whether an earlier build made the map, with another shape.
 pub(super) fn is_former(name: &str, info: &MapInfo) -> bool {
     FORMER.iter().any(|former| former.name == name && former.is_of(info))
 }
@@ -170,11 +172,16 @@ impl<K: Plain, V: Plain> Map<K, V> {
         Ok(Self { fd, name, max_entries: info.max_entries, mapped, types: PhantomData })
     }
 
+    /// Whether its memory may be mapped.
+    pub(super) fn is_mappable(&self) -> bool {
+        self.mapped
+    }
+
     pub(super) fn max_entries(&self) -> u32 {
         self.max_entries
     }
 
-    fn error(&self, op: &'static str, source: io::Error) -> DataplaneError {
+    pub(super) fn error(&self, op: &'static str, source: io::Error) -> DataplaneError {
         DataplaneError::Map { op, map: self.name, source }
     }
 
@@ -314,6 +321,15 @@ impl<V: Plain> Map<u32, V> {
         Ok(found)
     }
 
+    /// Part of the memory of a map that lets itself be mapped.
+    pub(super) fn mapped(&self, rows: Range<u32>, access: Access) -> Result<Rows, DataplaneError> {
+        if !self.mapped || rows.end > self.max_entries {
+            return Err(self.error("map the memory of", io::Error::from(io::ErrorKind::Unsupported)));
+        }
+        Rows::map(self.fd.as_fd(), size_of::<V>(), rows, access)
+            .map_err(|source| self.error("map the memory of", source))
+    }
+
     /// Part of the map's memory, where it can be had and is worth it.
     fn memory(&self, rows: Range<u32>, worth_it: bool, access: Access) -> Option<Rows> {
         let within = !rows.is_empty() && rows.end <= self.max_entries;
@@ -342,7 +358,7 @@ pub struct Pressure {
 /// How full the maps are that the programs themselves fill. Costs one or two system calls a map, however full it is.
 pub(super) fn pressure(dir: &Path) -> Vec<Pressure> {
     let counted = [
-        Map::<abi::FlowKey, abi::Flow>::open(dir, map::FLOWS).and_then(|map| map.pressure()),
+        FlowTable::open(dir).and_then(|table| table.pressure()),
         Map::<abi::AffinityKey, abi::Affinity>::open(dir, map::AFFINITY).and_then(|map| map.pressure()),
         Map::<abi::ReverseKey, abi::ReverseValue>::open(dir, map::REVERSE_LRU).and_then(|map| map.pressure()),
     ];
@@ -353,7 +369,7 @@ pub(super) fn pressure(dir: &Path) -> Vec<Pressure> {
 }
 
 /// Entries of a hash map with `buckets` of them, of whose first `walked` buckets `seen` entries were counted.
-fn extrapolate(seen: u64, walked: u64, buckets: u64) -> u64 {
+pub(super) fn extrapolate(seen: u64, walked: u64, buckets: u64) -> u64 {
     seen.saturating_mul(buckets).checked_div(walked).map_or(seen, |all| all.max(seen))
 }
 

@@ -38,12 +38,13 @@ use crate::service::{
     Abilities, Capacity, Changes, FrontendEntry, FrontendKey, FrontendKind, Observed, maglev,
 };
 use aya::Ebpf;
+use flows::FlowTable;
 use link::{ANSWER_HOOKS, CALLS, CGROUP_HOOKS, DeviceHook, LINKS, Order, POD_HOOKS, Target, UPLINK_HOOKS};
 use map::Map;
 use nix::mount::MntFlags;
 use sheave_ebpf_abi::{
-    ABI_VERSION, Address, Backend, Config, Door, Flow, FlowKey, Frontend, Frontend4Key, Frontend6Key,
-    MAGLEV_SLOTS, MaglevTable, MemberKey, Plain as _, RangeKey, Slot, config_flag, map as names,
+    ABI_VERSION, Address, Backend, Config, Door, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS,
+    MaglevTable, MemberKey, Plain as _, RangeKey, Slot, config_flag, map as names,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -76,7 +77,7 @@ struct Maps {
     members: Map<MemberKey, u32>,
     ranges: Map<RangeKey, u32>,
     maglev: Map<u32, MaglevTable>,
-    flows: Map<FlowKey, Flow>,
+    flows: FlowTable,
 }
 
 impl Maps {
@@ -91,7 +92,7 @@ impl Maps {
             members: Map::open(dir, names::MEMBERS)?,
             ranges: Map::open(dir, names::RANGES)?,
             maglev: Map::open(dir, names::MAGLEV)?,
-            flows: Map::open(dir, names::FLOWS)?,
+            flows: FlowTable::open(dir)?,
         })
     }
 
@@ -471,7 +472,7 @@ impl Dataplane for EbpfDataplane {
         }
         self.nets.add(changes.put_frontends.keys().map(|key| key.addr))?;
         self.maps.apply(changes)?;
-        flows::forget(&self.maps.flows, &changes.lost)?;
+        self.maps.flows.forget(&changes.lost)?;
         self.sockets.end(&changes.lost);
         let is_gone = |key: &FrontendKey| {
             changes.delete_frontends.contains(key)

@@ -11,7 +11,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Bytes of a word.
 const WORD: usize = size_of::<u64>();
@@ -86,6 +86,23 @@ impl Rows {
         }))
     }
 
+    /// A word of 64 bits of a row, for more than reading or writing it: `at` counts bytes and is a multiple of eight.
+    pub(super) fn word(&self, row: usize, at: usize) -> io::Result<&AtomicU64> {
+        if !at.is_multiple_of(WORD) {
+            return Err(invalid("word"));
+        }
+        self.words(row)?.nth(at / WORD).ok_or_else(|| invalid("word"))
+    }
+
+    /// The same with 32 bits and a multiple of four.
+    pub(super) fn half(&self, row: usize, at: usize) -> io::Result<&AtomicU32> {
+        if row >= self.count || !at.is_multiple_of(WORD / 2) || at >= self.value {
+            return Err(invalid("half of a word"));
+        }
+        // SAFETY: as in `words`, with half of a word.
+        Ok(unsafe { &*self.start.as_ptr().byte_add(self.before + row * self.value + at).cast::<AtomicU32>() })
+    }
+
     /// Writes a row.
     pub(super) fn write(&self, row: usize, value: &[u8]) -> io::Result<()> {
         if self.access != Access::Write || value.len() != self.value {
@@ -135,6 +152,10 @@ mod tests {
         rows.write(2, &[3; 24]).unwrap();
         assert!(rows.write(3, &[4; 24]).is_err(), "not mapped");
         assert!(rows.write(0, &[4; 16]).is_err(), "not a row");
+        rows.half(1, 20).unwrap().store(u32::MAX, Ordering::Relaxed);
+        assert_eq!(rows.word(1, 16).unwrap().swap(0, Ordering::Relaxed), u64::from(u32::MAX) << 32);
+        assert!(rows.half(1, 24).is_err() && rows.word(1, 24).is_err() && rows.half(3, 0).is_err(), "beyond");
+        assert!(rows.half(1, 2).is_err() && rows.word(1, 4).is_err(), "not aligned");
         drop(rows);
         let rows = Rows::map(file.as_fd(), 24, 0..1000, Access::Read).unwrap();
         assert!(rows.write(0, &[1; 24]).is_err(), "read only");
