@@ -408,22 +408,20 @@ pub fn bytes_of<const W: usize, const N: usize>(words: &[u32; W]) -> [u8; N] {
 pub fn rewrite<P: Packet>(packet: &mut P, headers: &Headers, new: &Tuple, passes: bool) -> bool {
     let udp = headers.proto == PROTO_UDP;
     let check = headers.l4 + if udp { UDP_CHECK } else { TCP_CHECK };
-    let done = if headers.v6 {
-        addresses6(packet, headers, new, check, udp)
-            && (!passes || pass_hop(packet, true, headers.proto, headers.hops))
-    } else {
-        header4(packet, headers, new, (check, udp), passes)
-    };
-    if !done {
-        return false;
+    let moves = headers.whole && (headers.sport != new.sport || headers.dport != new.dport);
+    if moves {
+        let ports = |sport: u16, dport: u16| u32::from_ne_bytes(bytes_of_ports(sport, dport));
+        let diff = checksum::diff(&[ports(headers.sport, headers.dport)], &[ports(new.sport, new.dport)]);
+        if !packet.fix_l4(check, diff, false, udp) {
+            return false;
+        }
     }
-    if !headers.whole || (headers.sport == new.sport && headers.dport == new.dport) {
-        return true;
+    if !headers.v6 {
+        return header4(packet, headers, new, (check, udp), (moves, passes));
     }
-    let ports = |sport: u16, dport: u16| u32::from_ne_bytes(bytes_of_ports(sport, dport));
-    let diff = checksum::diff(&[ports(headers.sport, headers.dport)], &[ports(new.sport, new.dport)]);
-    packet.fix_l4(check, diff, false, udp)
-        && packet.store::<4>(headers.l4, bytes_of_ports(new.sport, new.dport), false)
+    addresses6(packet, headers, new, check, udp)
+        && (!passes || pass_hop(packet, true, headers.proto, headers.hops))
+        && (!moves || packet.store::<4>(headers.l4, bytes_of_ports(new.sport, new.dport), false))
 }
 
 /// Two ports in network order as they lie in a TCP or UDP header.
@@ -433,15 +431,17 @@ pub fn bytes_of_ports(sport: u16, dport: u16) -> [u8; 4] {
     [a, b, c, d]
 }
 
-/// From the TTL to the addresses in one piece. The header's checksum makes up for all of it.
+/// From the TTL to the addresses in one piece, and the ports where they follow. The header's checksum makes up for all of it,
+/// and the transport's for the ports.
 #[inline(always)]
 fn header4<P: Packet>(
     packet: &mut P,
     headers: &Headers,
     new: &Tuple,
     (check, udp): (u32, bool),
-    passes: bool,
+    (moves, passes): (bool, bool),
 ) -> bool {
+    let ports = bytes_of_ports(new.sport, new.dport);
     let Some(old) = pair4(&headers.src, &headers.dst) else { return false };
     let Some(new) = pair4(&new.src, &new.dst) else { return false };
     let diff = checksum::diff(&old, &new);
@@ -453,8 +453,14 @@ fn header4<P: Packet>(
     let word = |hops: u8| u16::from_ne_bytes([hops, proto]);
     let sum = checksum::apply(headers.check, checksum::add(diff, checksum::diff16(word(hops), word(left))));
     let ([c0, c1], [s, d]) = (sum.to_ne_bytes(), new.map(u32::to_ne_bytes));
+    if moves && headers.l4 == ETHER_LEN + IPV4_LEN {
+        let [p0, p1, p2, p3] = ports;
+        let bytes = [left, proto, c0, c1, s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], p0, p1, p2, p3];
+        return packet.store::<16>(ETHER_LEN + IPV4_TTL, bytes, false);
+    }
     let bytes = [left, proto, c0, c1, s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3]];
     packet.store::<12>(ETHER_LEN + IPV4_TTL, bytes, false)
+        && (!moves || packet.store::<4>(headers.l4, ports, false))
 }
 
 /// IPv6 has no header checksum that makes up for the new addresses, so this store changes the packet's sum.

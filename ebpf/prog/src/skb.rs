@@ -9,14 +9,15 @@ use aya_ebpf::{
     bindings::{BPF_F_CURRENT_NETNS, bpf_sock_tuple},
     btf_maps::lpm_trie::Key,
     helpers::generated::{
-        bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     programs::TcContext,
 };
 use core::mem::MaybeUninit;
 use sheave_ebpf_abi::{
-    Address, Affinity, AffinityKey, Backend, Config, Counter, Door, Event, Flow, FlowKey, Fragment, FragmentKey,
-    Frontend, Frontend4Key, Frontend6Key, MemberKey, PROTO_TCP, Plain as _, Slot, event_hook, event_kind,
+    Address, Affinity, AffinityKey, Backend, Config, Counter, Door, Event, Flow, FlowKey, Fragment,
+    FragmentKey, Frontend, Frontend4Key, Frontend6Key, MemberKey, PROTO_TCP, Plain as _, Slot, event_hook,
+    event_kind,
 };
 use sheave_ebpf_core::balance::Work;
 use sheave_ebpf_core::env::{Affinities, Claim, Flows, Journey, Node, Route, Table, Way};
@@ -156,10 +157,11 @@ impl<C: Hook> Flows for Env<'_, C> {
         let _ = FRAGMENTS.insert(key, fragment, 0);
     }
 
+    /// Of the coarse clock, which is some milliseconds late and takes a fraction of the time.
     #[inline(always)]
     fn now_s(&self) -> u32 {
         // SAFETY: the helper takes nothing and cannot fail.
-        (unsafe { bpf_ktime_get_ns() } / 1_000_000_000) as u32
+        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
     }
 }
 
