@@ -13,19 +13,19 @@ const PAUSE: u32 = 500;
 const CLIENT_PORT: u16 = 5_000;
 
 /// A connection from outside to another node's pod, masqueraded with a port that nobody would find again who has forgotten it.
-struct Connection {
+pub(crate) struct Connection {
     port: u16,
     asked: (u32, Vec<u8>),
     answered: (u32, Vec<u8>),
 }
 
-fn send(programs: &mut Programs, from: (&str, u16), to: (&str, u16), flags: u8) -> (u32, Vec<u8>) {
+pub(crate) fn send(programs: &mut Programs, from: (&str, u16), to: (&str, u16), flags: u8) -> (u32, Vec<u8>) {
     let frame = Frame::new(from, to, L4::Tcp(flags)).bytes();
     programs.run(Hook::Ingress, &frame).expect("run")
 }
 
 impl Connection {
-    fn begin(programs: &mut Programs) -> Self {
+    pub(crate) fn begin(programs: &mut Programs) -> Self {
         let (place, service) = (&PLACES[0], (PLACES[0].node, PORT_REMOTE));
         // The first one takes the client's own port towards the backend, so that the second one is given another.
         send(programs, (place.stranger, CLIENT_PORT), service, SYN);
@@ -39,7 +39,7 @@ impl Connection {
         Self { port, asked, answered }
     }
 
-    fn goes_on(&self, programs: &mut Programs, when: &str) {
+    pub(crate) fn goes_on(&self, programs: &mut Programs, when: &str) {
         let place = &PLACES[0];
         let asked = send(programs, (place.client, CLIENT_PORT), (place.node, PORT_REMOTE), ACK);
         assert!(asked == self.asked, "{when}");

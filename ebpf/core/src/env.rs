@@ -80,7 +80,7 @@ pub enum Claim {
     Stored,
     /// There is an entry with this key already.
     Taken,
-    /// There was no room for it.
+    /// It could not be stored.
     Refused,
 }
 

@@ -162,7 +162,7 @@ pub fn note<E: Flows>(env: &E, work: &mut Work) -> bool {
     mark(env, &work.other_key, work.now_s);
     match env.touch(&work.other_key, work.now_s, work.flow.flags & flow_flag::STATE) {
         Some(held) => same(&held, &work.other),
-        // The LRU may have evicted it.
+        // It may have made room for another one.
         None => env.claim(&work.other_key, &work.other) == Claim::Stored,
     }
 }

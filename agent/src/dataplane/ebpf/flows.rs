@@ -82,6 +82,9 @@ impl FlowTable {
         let rows = self.map.mapped(0..self.map.max_entries(), Access::Write)?;
         let mut bytes = vec![0; FlowSet::SIZE];
         for row in 1..self.map.max_entries() as usize {
+            if !self.is_used(&rows, row)? {
+                continue;
+            }
             rows.read(row, &mut bytes).map_err(self.error("read"))?;
             let Some(set) = FlowSet::from_bytes(&bytes) else { continue };
             for (way, tag) in set.tags.into_iter().enumerate() {
@@ -97,6 +100,16 @@ impl FlowTable {
             }
         }
         Ok(())
+    }
+
+    /// Whether a set has any entry; most have none, and need not be read.
+    fn is_used(&self, rows: &Rows, row: usize) -> Result<bool, DataplaneError> {
+        for way in 0..FLOW_WAYS {
+            if rows.half(row, tag_at(way)).map_err(self.error("read"))?.load(Ordering::Relaxed) != 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// How full the table is, from its first sets when it is large: tuples are spread evenly.

@@ -131,10 +131,21 @@ fn too_small(dir: &Path, sizes: &MapSizes) -> Result<Vec<&'static str>, Dataplan
     Ok(small)
 }
 
+/// Removes maps that an earlier build was about to put in the place of others: they are begun anew.
+fn forget_former(side: &Path) -> Result<(), DataplaneError> {
+    for shape in SHAPES {
+        if map::open_pinned(side, shape)?.is_some_and(|(_, info)| map::is_former(shape.name, &info)) {
+            super::link::unlink(&side.join(shape.name))?;
+        }
+    }
+    Ok(())
+}
+
 /// Begins to grow what is smaller than `sizes` ask for, or goes on with what an earlier start began: makes the maps,
 /// loads the programs over them and copies everything but what the programs write. `None` when nothing has to grow.
 pub(super) fn begin(dir: &Path, sizes: &MapSizes) -> Result<Option<(Growth, Ebpf)>, DataplaneError> {
     let side = dir.join(SIDE);
+    forget_former(&side)?;
     let mut growing: Vec<&'static str> =
         SHAPES.iter().map(|shape| shape.name).filter(|name| side.join(name).exists()).collect();
     for name in too_small(dir, sizes)? {

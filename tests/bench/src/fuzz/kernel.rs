@@ -87,7 +87,7 @@ impl Kernel {
         times != 0 && self.dice.borrow_mut().as_mut().is_some_and(|dice| dice.one_in(times))
     }
 
-    /// Forgets as an LRU map does.
+    /// Forgets a flow, as the table does that is full.
     pub(crate) fn evict(&self, dice: &mut Dice) {
         let mut flows = self.flows.borrow_mut();
         let at = dice.below(flows.len().max(1));
