@@ -188,7 +188,8 @@ pub(crate) struct ControlFlags {
     #[arg(long, value_name = "ADDR:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) listen: Option<SocketAddr>,
-    /// The address that pods and other nodes reach the API server at [default: the node's address]
+    /// The address that pods and other nodes reach the API server at [default: the node's, unless `--listen` names
+    /// another]
     #[arg(long, value_name = "IP")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) advertise_address: Option<IpAddr>,

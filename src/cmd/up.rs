@@ -1,6 +1,8 @@
 //! `sheave up`: control plane and node in one process. They still talk through the Kubernetes API, each with
 //! credentials of its own, so that either can be moved elsewhere.
 
+use std::net::IpAddr;
+
 use anyhow::{Context, Result};
 use tokio_util::sync::CancellationToken;
 
@@ -18,9 +20,15 @@ pub(super) fn run(flags: &UpFlags) -> Result<()> {
         if agent.node_ips.is_empty() {
             agent.node_ips = sheave_agent::network::node_addresses(&agent.uplinks)?.ips;
         }
-        control.advertise_address = control.advertise_address.or(agent.node_ips.first().copied());
+        let node = agent.node_ips.first().copied();
+        control.advertise_address = advertised(control.advertise_address, control.listen.ip(), node);
         both(control, agent, shutdown).await
     })
+}
+
+/// Where nodes reach the control plane: at this node's address, unless it was told to listen elsewhere only.
+fn advertised(given: Option<IpAddr>, listen: IpAddr, node: Option<IpAddr>) -> Option<IpAddr> {
+    given.or_else(|| node.filter(|node| listen.is_unspecified() || listen == *node))
 }
 
 /// Runs both until one ends; then the other is asked to end too, and the first error is the one that is told.
@@ -46,4 +54,21 @@ async fn both(
     };
     let (control, agent) = tokio::join!(control, agent);
     control.and(agent)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nodes_address_is_advertised_where_the_server_listens_on_it() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap_or_else(|e| panic!("{text}: {e}"));
+        let node = Some(ip("192.0.2.1"));
+        for (listen, expected) in [("0.0.0.0", node), ("::", node), ("192.0.2.1", node), ("127.0.0.1", None)]
+        {
+            assert_eq!(advertised(None, ip(listen), node), expected, "{listen}");
+        }
+        let given = Some(ip("203.0.113.7"));
+        assert_eq!(advertised(given, ip("127.0.0.1"), node), given, "who says so knows why");
+    }
 }

@@ -48,6 +48,10 @@ impl Connection {
     }
 }
 
+fn attempts() -> u32 {
+    std::env::var("SHEAVE_FLOOD").map_or(ATTEMPTS, |text| text.parse().expect("a number"))
+}
+
 /// As many attempts to connect, each from another source; `pause` is called now and then.
 fn flood(programs: &mut Programs, attempts: u32, mut pause: impl FnMut(&mut Programs, u32)) {
     for attempt in 0..attempts {
@@ -66,12 +70,11 @@ fn connections_in_use_outlive_a_flood_of_attempts() {
     if !require_root() {
         return;
     }
-    let attempts = std::env::var("SHEAVE_FLOOD").map_or(ATTEMPTS, |text| text.parse().expect("a number"));
     let roads = roads();
     let _there = roads.enter();
     let mut programs = Programs::load();
     let connection = Connection::begin(&mut programs);
-    flood(&mut programs, attempts, |programs, attempt| {
+    flood(&mut programs, attempts(), |programs, attempt| {
         connection.goes_on(programs, &format!("after {attempt} attempts"));
     });
 }
@@ -86,8 +89,8 @@ fn connections_that_are_quiet_outlive_a_flood_of_attempts() {
     let mut programs = Programs::load();
     let connection = Connection::begin(&mut programs);
     let before = programs.world.counted("flow_evicted");
-    flood(&mut programs, ATTEMPTS, |_, _| ());
+    flood(&mut programs, attempts(), |_, _| ());
     let evicted = programs.world.counted("flow_evicted") - before;
-    assert!(evicted > u64::from(ATTEMPTS), "attempts drove out attempts, two entries each: {evicted}");
+    assert!(evicted > u64::from(attempts()), "attempts drove out attempts, two entries each: {evicted}");
     connection.goes_on(&mut programs, "after the flood");
 }
