@@ -158,9 +158,10 @@ plain! {
 }
 
 /// Entries of one set of the connection table.
-pub const FLOW_WAYS: usize = 7;
-/// Entries for which a set is made: sets that have many at a time must have room for those that others have fewer of.
-pub const FLOWS_PER_SET: u32 = 5;
+pub const FLOW_WAYS: usize = 14;
+/// Entries for which a set is made: it needs room for those that others have fewer of. In a table that is half full one set of
+/// 5,000 has none left.
+pub const FLOWS_PER_SET: u32 = 10;
 /// Words of the secret that a tuple's place follows from.
 pub const FLOW_SECRETS: usize = 10;
 /// Seconds after which the lock of a set belongs to nobody any more. It is held for less than a microsecond.
@@ -185,29 +186,29 @@ plain! {
 
 plain! {
     /// Element of the connection table: entries of which one may have to make room for another.
-    pub struct FlowSet = 768 {
+    pub struct FlowSet = 1472 {
         /// One more than the second of the kernel's monotonic clock in which someone began to store an entry; 0 when nobody does.
         pub lock: u64,
         /// By what the entries are told apart at a glance; 0 for a free one.
         pub tags: [u32; FLOW_WAYS],
         /// The last seconds in which the entries count.
         pub until_s: [u32; FLOW_WAYS],
+        /// Zero: the entries begin where a line of the processor's cache does, as do lock and tags of each set.
+        pub spare: [u32; 2],
         /// The entries.
         pub entries: [FlowEntry; FLOW_WAYS],
-        /// Zero: the next set begins where a line of the processor's cache does, as this one.
-        pub spare: [u32; 8],
     }
 }
 
 plain! {
     /// First element of the connection table, which is no set.
-    pub struct FlowHead = 768 {
+    pub struct FlowHead = 1472 {
         /// How many sets follow.
         pub sets: u32,
         /// What the places of tuples are mixed with, as long as the table lives.
         pub secret: [u32; FLOW_SECRETS],
         /// Zero.
-        pub spare: [u32; 181],
+        pub spare: [u32; 357],
     }
 }
 

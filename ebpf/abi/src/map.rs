@@ -99,7 +99,7 @@ pub const REVERSE_MAX: usize = 32_768;
 pub const FRAGMENTS_MAX: usize = 8_192;
 /// Connections through devices, two entries each.
 pub const FLOWS_MAX: usize = 65_536;
-/// Elements of the table of so many (768 bytes each, allocated at once).
+/// Elements of the table of so many (1,472 bytes each, allocated at once).
 pub const FLOW_ELEMENTS_MAX: usize = crate::flow_elements(FLOWS_MAX as u32) as usize;
 /// Addresses of one node.
 pub const NODE_ADDRS_MAX: usize = 1_024;
