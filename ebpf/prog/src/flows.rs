@@ -135,22 +135,23 @@ fn is_of(entry: *const FlowEntry, key: &FlowKey) -> bool {
     apart == 0
 }
 
-/// The key's entry.
+/// The key's entry, and its tag.
 #[inline(always)]
-fn find(key: &FlowKey) -> Option<Way> {
+fn find(key: &FlowKey) -> Option<(Way, u32)> {
     let (set, tag) = set(key)?;
     let way = way(set, place::find(tags(set), tag, opaque))?;
-    is_of(way.entry, key).then_some(way)
+    is_of(way.entry, key).then_some((way, tag))
 }
 
 impl Way {
-    /// Reads the flow; false when another entry took the place meanwhile.
+    /// Reads the flow of the entry that was found with `tag`; false when another one took the place meanwhile. Its own tag is the
+    /// first that is overwritten and the last that is written.
     #[inline(always)]
-    fn read(&self, into: *mut Flow) -> bool {
+    fn read(&self, tag: u32, into: *mut Flow) -> bool {
         // SAFETY: all are parts of an element, which stays, and the caller has room for a flow.
         unsafe {
             move_words(addr_of!((*self.entry).flow), into);
-            read_volatile(addr_of!((*self.entry).tag)) == read_volatile(self.tag)
+            read_volatile(addr_of!((*self.entry).tag)) == tag
         }
     }
 }
@@ -163,8 +164,8 @@ pub extern "C" fn shv_flow_get(key: *const FlowKey, into: *mut Flow) -> u32 {
         return 0;
     }
     // SAFETY: the verifier holds callers to whole values.
-    let Some(way) = find(unsafe { &*key }) else { return 0 };
-    u32::from(way.read(into))
+    let Some((way, tag)) = find(unsafe { &*key }) else { return 0 };
+    u32::from(way.read(tag, into))
 }
 
 /// [`touch`]: 1 where there is an entry.
@@ -176,8 +177,8 @@ pub extern "C" fn shv_flow_touch(key: *const FlowKey, before: *mut Flow, now_s: 
     }
     // SAFETY: as in `shv_flow_get`.
     let key = unsafe { &*key };
-    let Some(way) = find(key) else { return 0 };
-    if !way.read(before) {
+    let Some((way, tag)) = find(key) else { return 0 };
+    if !way.read(tag, before) {
         return 0;
     }
     // SAFETY: `before` was just written. The others are parts of an element, which stays; a write that races with the entry's
@@ -199,12 +200,9 @@ pub extern "C" fn shv_flow_remove(key: *const FlowKey) -> u32 {
         return 0;
     }
     // SAFETY: as in `shv_flow_get`.
-    let Some(way) = find(unsafe { &*key }) else { return 0 };
+    let Some((way, tag)) = find(unsafe { &*key }) else { return 0 };
     // SAFETY: the words are parts of an element, which stays. An entry that took the place meanwhile has another tag.
-    unsafe {
-        let tag = read_volatile(addr_of!((*way.entry).tag));
-        exchange32(way.tag, tag, 0);
-    }
+    unsafe { exchange32(way.tag, tag, 0) };
     1
 }
 
