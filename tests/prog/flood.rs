@@ -1,10 +1,8 @@
 //! A flood of connection attempts from ever new addresses, many times what the flow table holds. Invariant under test:
 //! a connection keeps its translation, used or quiet, whatever is forgotten for the flood.
 
-use sheave_harness::require_root;
-
 use crate::golden::{ACK, Frame, Hook, L4, PLACES, PORT_LOCAL, PORT_POD, PORT_REMOTE, SYN};
-use crate::packets::{Programs, roads};
+use crate::packets::{Programs, on_roads};
 
 /// Attempts unless `SHEAVE_FLOOD` says otherwise: three times the table.
 const ATTEMPTS: u32 = 100_000;
@@ -67,30 +65,22 @@ fn flood(programs: &mut Programs, attempts: u32, mut pause: impl FnMut(&mut Prog
 
 #[test]
 fn connections_in_use_outlive_a_flood_of_attempts() {
-    if !require_root() {
-        return;
-    }
-    let roads = roads();
-    let _there = roads.enter();
-    let mut programs = Programs::load();
-    let connection = Connection::begin(&mut programs);
-    flood(&mut programs, attempts(), |programs, attempt| {
-        connection.goes_on(programs, &format!("after {attempt} attempts"));
+    on_roads(|programs| {
+        let connection = Connection::begin(programs);
+        flood(programs, attempts(), |programs, attempt| {
+            connection.goes_on(programs, &format!("after {attempt} attempts"));
+        });
     });
 }
 
 #[test]
 fn connections_that_are_quiet_outlive_a_flood_of_attempts() {
-    if !require_root() {
-        return;
-    }
-    let roads = roads();
-    let _there = roads.enter();
-    let mut programs = Programs::load();
-    let connection = Connection::begin(&mut programs);
-    let before = programs.world.counted("flow_evicted");
-    flood(&mut programs, attempts(), |_, _| ());
-    let evicted = programs.world.counted("flow_evicted") - before;
-    assert!(evicted > u64::from(attempts()), "attempts drove out attempts, two entries each: {evicted}");
-    connection.goes_on(&mut programs, "after the flood");
+    on_roads(|programs| {
+        let connection = Connection::begin(programs);
+        let before = programs.world.counted("flow_evicted");
+        flood(programs, attempts(), |_, _| ());
+        let evicted = programs.world.counted("flow_evicted") - before;
+        assert!(evicted > u64::from(attempts()), "attempts drove out attempts, two entries each: {evicted}");
+        connection.goes_on(programs, "after the flood");
+    });
 }

@@ -8,7 +8,7 @@ use sheave_harness::require_root;
 
 use crate::flood::{Connection, send};
 use crate::golden::{PLACES, PORT_LOCAL, SYN};
-use crate::packets::{Programs, roads};
+use crate::packets::{Programs, on_roads, roads};
 
 type Sets = Array<MapData, [u8; FlowSet::SIZE]>;
 
@@ -31,30 +31,26 @@ fn lock(sets: &mut Sets, second: u64) {
 
 #[test]
 fn a_lock_that_somebody_died_with_is_taken_over() {
-    if !require_root() {
-        return;
-    }
-    let roads = roads();
-    let _there = roads.enter();
-    let mut programs = Programs::load();
-    let connection = Connection::begin(&mut programs);
-    let mut sets = sets(&programs);
-    let attempt = |programs: &mut Programs, port| {
-        let service = (PLACES[0].node, PORT_LOCAL);
-        let (_, output) = send(programs, (PLACES[0].client, port), service, SYN);
-        output[30..34] != address_bytes(PLACES[0].node)
-    };
-    let now_s = monotonic_ns() / 1_000_000_000;
-    assert!(now_s > FLOW_LOCK_STALE_S + 1, "the machine runs long enough for a lock to be stale");
-    // As if it were taken in ten minutes, so that it is fresh however slow this is.
-    lock(&mut sets, now_s + 600);
-    let full = programs.world.counted("flow_full");
-    assert!(!attempt(&mut programs, 7_000), "nobody could store it");
-    assert!(programs.world.counted("flow_full") > full, "and it is said");
-    connection.goes_on(&mut programs, "while locks are held");
-    lock(&mut sets, now_s - FLOW_LOCK_STALE_S - 1);
-    assert!(attempt(&mut programs, 7_001), "a stale lock holds nobody up");
-    assert!(attempt(&mut programs, 7_001), "and is given back");
+    on_roads(|programs| {
+        let connection = Connection::begin(programs);
+        let mut sets = sets(programs);
+        let attempt = |programs: &mut Programs, port| {
+            let service = (PLACES[0].node, PORT_LOCAL);
+            let (_, output) = send(programs, (PLACES[0].client, port), service, SYN);
+            output[30..34] != address_bytes(PLACES[0].node)
+        };
+        let now_s = monotonic_ns() / 1_000_000_000;
+        assert!(now_s > FLOW_LOCK_STALE_S + 1, "the machine runs long enough for a lock to be stale");
+        // As if it were taken in ten minutes, so that it is fresh however slow this is.
+        lock(&mut sets, now_s + 600);
+        let full = programs.world.counted("flow_full");
+        assert!(!attempt(programs, 7_000), "nobody could store it");
+        assert!(programs.world.counted("flow_full") > full, "and it is said");
+        connection.goes_on(programs, "while locks are held");
+        lock(&mut sets, now_s - FLOW_LOCK_STALE_S - 1);
+        assert!(attempt(programs, 7_001), "a stale lock holds nobody up");
+        assert!(attempt(programs, 7_001), "and is given back");
+    });
 }
 
 fn address_bytes(text: &str) -> [u8; 4] {

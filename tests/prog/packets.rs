@@ -107,6 +107,15 @@ pub(crate) fn roads() -> NetNs {
     netns
 }
 
+/// Runs a test on programs that stand at roads of their own; where there are none for want of root, that is said.
+pub(crate) fn on_roads(test: impl FnOnce(&mut Programs)) {
+    if require_root() {
+        let roads = roads();
+        let _there = roads.enter();
+        test(&mut Programs::load());
+    }
+}
+
 impl Programs {
     pub(crate) fn load() -> Self {
         Self::load_with(|_| ())

@@ -159,8 +159,8 @@ plain! {
 
 /// Entries of one set of the connection table.
 pub const FLOW_WAYS: usize = 14;
-/// Entries for which a set is made: it needs room for those that others have fewer of. In a table that is half full one set of
-/// 5,000 has none left.
+/// Entries for which a set is made: it needs room for those that others have fewer of. In a table that is half full more
+/// than fit lead to one set of 4,400.
 pub const FLOWS_PER_SET: u32 = 10;
 /// Words of the secret that a tuple's place follows from.
 pub const FLOW_SECRETS: usize = 10;

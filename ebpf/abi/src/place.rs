@@ -1,6 +1,7 @@
 //! Where the connection table has a tuple's entry, and which entry makes room for another. Invariant: a set never has two
-//! entries with the same tag, so a tag names at most one of them; and who makes room is a free entry, or the one that would be
-//! forgotten first anyway: an attempt that nobody answered goes before a connection, however long that is quiet.
+//! entries with the same tag, so a tag names at most one of them; and who makes room is one that has the very tag by chance
+//! (once in a hundred million times), else a free one, else the one whose time is up first: an attempt that nobody answered goes
+//! before a connection that is quiet.
 //!
 //! The table is an array of sets. A hash map of the kernel costs a packet a call and three places in memory a look, and what it
 //! evicts is what was used longest ago: many short connections drive out one that is merely idle.

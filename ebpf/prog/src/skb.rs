@@ -2,7 +2,7 @@
 
 use crate::event::tell;
 use crate::flows;
-use crate::maps::{self, ANSWERS, DOORS, FRAGMENTS, MARKS, Maps, RANGES};
+use crate::maps::{ANSWERS, DOORS, FRAGMENTS, MARKS, Maps, RANGES};
 use crate::tc::{STORED, TAKEN, shv_try_port};
 use aya_ebpf::{
     EbpfContext,

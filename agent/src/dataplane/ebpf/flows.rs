@@ -27,13 +27,10 @@ pub(super) fn entries_of(elements: u32) -> u64 {
     u64::from(elements.saturating_sub(1)) * u64::from(FLOWS_PER_SET)
 }
 
-/// The entries of a set, but for those that are being written.
-pub(super) fn of_set(set: &FlowSet) -> impl Iterator<Item = &FlowEntry> {
-    set.entries
-        .iter()
-        .zip(set.tags)
-        .filter(|(entry, tag)| *tag != 0 && entry.tag == *tag)
-        .map(|(entry, _)| entry)
+/// The entries of a set and their places in it, but for those that are being written.
+pub(super) fn of_set(set: &FlowSet) -> impl Iterator<Item = (usize, &FlowEntry)> {
+    let whole = |(_, (entry, tag)): &(usize, (&FlowEntry, u32))| *tag != 0 && entry.tag == *tag;
+    set.entries.iter().zip(set.tags).enumerate().filter(whole).map(|(way, (entry, _))| (way, entry))
 }
 
 /// The pinned table.
@@ -87,15 +84,10 @@ impl FlowTable {
             }
             rows.read(row, &mut bytes).map_err(self.error("read"))?;
             let Some(set) = FlowSet::from_bytes(&bytes) else { continue };
-            for (way, tag) in set.tags.into_iter().enumerate() {
-                let is_gone =
-                    of_set(&set).any(|entry| entry.tag == tag && is_of(&entry.key, &entry.flow, &lost));
-                if is_gone {
-                    let place = rows.half(row, tag_at(way)).map_err(self.error("write"))?;
-                    let freed = place.compare_exchange(tag, 0, Ordering::AcqRel, Ordering::Relaxed);
-                    if freed.is_err() {
-                        tracing::trace!(row, way, "another entry took the place meanwhile");
-                    }
+            for (way, entry) in of_set(&set).filter(|(_, entry)| is_of(&entry.key, &entry.flow, &lost)) {
+                let tag = rows.half(row, tag_at(way)).map_err(self.error("write"))?;
+                if tag.compare_exchange(entry.tag, 0, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                    tracing::trace!(row, way, "another entry took the place meanwhile");
                 }
             }
         }
@@ -196,7 +188,7 @@ impl Writer<'_> {
         let mut bytes = vec![0; FlowSet::SIZE];
         self.rows.read(row, &mut bytes)?;
         let set = FlowSet::from_bytes(&bytes).unwrap_or_else(FlowSet::zeroed);
-        let is_held = of_set(&set).any(|entry| entry.tag == tag && entry.key == *key);
+        let is_held = of_set(&set).any(|(_, entry)| entry.tag == tag && entry.key == *key);
         if is_held && !replace {
             return Ok(());
         }

@@ -304,7 +304,7 @@ impl Growing {
                 let sets = values.chunks_exact(FlowSet::SIZE).zip(keys.chunks_exact(4));
                 let sets = sets.filter(|(_, index)| **index != [0; 4]);
                 for set in sets.filter_map(|(value, _)| FlowSet::from_bytes(value)) {
-                    found.extend(flows::of_set(&set).map(|entry| (entry.key, entry.flow)));
+                    found.extend(flows::of_set(&set).map(|(_, entry)| (entry.key, entry.flow)));
                 }
             } else {
                 let pairs = keys.chunks_exact(FlowKey::SIZE).zip(values.chunks_exact(Flow::SIZE));
