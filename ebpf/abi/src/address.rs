@@ -28,13 +28,12 @@ impl Address {
     }
 
     /// The IPv4 word when the address is IPv4-mapped.
+    ///
+    /// One comparison, not three: a verifier goes every way behind each.
     #[inline(always)]
     pub const fn as_v4(&self) -> Option<u32> {
-        if self.words[0] == 0 && self.words[1] == 0 && self.words[2] == MAPPED_WORD {
-            Some(self.words[3])
-        } else {
-            None
-        }
+        let [a, b, c, word] = self.words;
+        if a | b | (c ^ MAPPED_WORD) == 0 { Some(word) } else { None }
     }
 
     /// The bit of the address's network in [`crate::map::NETS`]: of its first 16 bits where it is IPv4, else of a hash of its
@@ -55,7 +54,7 @@ impl Address {
     pub const fn is_unspecified(&self) -> bool {
         match self.as_v4() {
             Some(word) => word == 0,
-            None => self.words[0] == 0 && self.words[1] == 0 && self.words[2] == 0 && self.words[3] == 0,
+            None => self.words[0] | self.words[1] | self.words[2] | self.words[3] == 0,
         }
     }
 

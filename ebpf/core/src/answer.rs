@@ -69,15 +69,23 @@ const ACK: u8 = 0x10;
 const QUOTE4_MAX: u32 = 576 - IPV4_LEN - ICMP_LEN;
 /// The same for ICMPv6, into 1280 bytes (RFC 4443, section 2.4 c).
 const QUOTE6_MAX: u32 = 1280 - IPV6_LEN - ICMP_LEN;
+/// Bytes that are summed up at once: a verifier follows each turn of a loop.
+const STRIDE: u32 = 32;
 
-/// Answers the packet, unless too many were answered this second.
+/// Answers the packet as `told` says, unless too many were answered this second. It is asked anew at each step: a verifier that
+/// knows the answer goes the rest of the way once for every one.
 #[inline(always)]
-pub fn give<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work, answer: Answer) -> Verdict {
-    if !may(env, answer, work.headers.proto) {
+pub fn give<P: Packet, E: Table + Node>(
+    packet: &mut P,
+    env: &E,
+    work: &mut Work,
+    told: impl Fn() -> Answer,
+) -> Verdict {
+    if !may(env, told(), work.headers.proto) {
         env.count(Counter::AnswerLimited);
         return Verdict::Drop;
     }
-    if make(packet, &mut work.headers, answer) {
+    if make(packet, &mut work.headers, &told) {
         return Verdict::Reply;
     }
     env.count(Counter::AnswerFailed);
@@ -87,14 +95,14 @@ pub fn give<P: Packet, E: Table + Node>(packet: &mut P, env: &E, work: &mut Work
 /// Turns the packet into the answer to itself, to be sent back where it came from. False when it can't be: the packet
 /// is spoilt then.
 #[inline(always)]
-fn make<P: Packet>(packet: &mut P, headers: &mut Headers, answer: Answer) -> bool {
+fn make<P: Packet>(packet: &mut P, headers: &mut Headers, told: &impl Fn() -> Answer) -> bool {
     if !matches!(parse_apart(packet, headers), Kind::Transport | Kind::FirstFragment) {
         return false;
     }
-    if matches!(answer, Answer::Refused) && headers.proto == PROTO_TCP {
+    if headers.proto == PROTO_TCP && matches!(told(), Answer::Refused) {
         return reset(packet, headers);
     }
-    if headers.v6 { icmp6(packet, headers, answer) } else { icmp4(packet, headers, answer) }
+    if headers.v6 { icmp6(packet, headers, told) } else { icmp4(packet, headers, told) }
 }
 
 /// Writes the Ethernet header of an answer; `from` is the first twelve bytes of what is answered.
@@ -251,21 +259,27 @@ fn quote<P: Packet>(packet: &mut P, v6: bool, max: u32, room: u32) -> Option<(u3
     if !packet.insert(room) {
         return None;
     }
-    let mut sum = 0;
+    // What is left over comes first: its end says nothing to a verifier of where the rest begins.
+    let (odd, start) = (len & (STRIDE - 1), ETHER_LEN + room);
+    let mut total = 0;
     let mut at = 0;
-    while at < max && at < len {
-        let bytes = packet.load::<4>(ETHER_LEN + room + at)?;
-        sum += sum_words(&[u32::from_ne_bytes(bytes)]);
+    while at < STRIDE && at < odd {
+        total += sum(&packet.load::<4>(start + at)?);
         at += 4;
     }
-    Some((len, sum))
+    let mut turn = 0;
+    while turn < max / STRIDE && turn < len / STRIDE {
+        total += sum(&packet.load::<{ STRIDE as usize }>(start + odd + turn * STRIDE)?);
+        turn += 1;
+    }
+    Some((len, total))
 }
 
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn icmp4<P: Packet>(packet: &mut P, headers: &Headers, answer: Answer) -> bool {
+fn icmp4<P: Packet>(packet: &mut P, headers: &Headers, told: &impl Fn() -> Answer) -> bool {
     let Some(from) = packet.load::<12>(0) else { return false };
     let Some((len, quoted)) = quote(packet, false, QUOTE4_MAX, IPV4_LEN + ICMP_LEN) else { return false };
-    let mut icmp = message4(answer);
+    let mut icmp = message4(told());
     let [c0, c1] = (!checksum::fold(sum(&icmp) + quoted)).to_ne_bytes();
     icmp[2] = c0;
     icmp[3] = c1;
@@ -275,10 +289,10 @@ fn icmp4<P: Packet>(packet: &mut P, headers: &Headers, answer: Answer) -> bool {
 }
 
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn icmp6<P: Packet>(packet: &mut P, headers: &Headers, answer: Answer) -> bool {
+fn icmp6<P: Packet>(packet: &mut P, headers: &Headers, told: &impl Fn() -> Answer) -> bool {
     let Some(from) = packet.load::<12>(0) else { return false };
     let Some((len, quoted)) = quote(packet, true, QUOTE6_MAX, IPV6_LEN + ICMP_LEN) else { return false };
-    let mut icmp = message6(answer);
+    let mut icmp = message6(told());
     let sums = sum(&icmp) + quoted + pseudo(headers, PROTO_ICMPV6, ICMP_LEN + len);
     let [c0, c1] = (!checksum::fold(sums)).to_ne_bytes();
     icmp[2] = c0;

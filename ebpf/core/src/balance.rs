@@ -189,7 +189,6 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
         Kind::Tunnel if matches!(link, Link::Uplink) => return Stage::Unwrap,
         _ => return PASS,
     }
-    let mut reply = false;
     work.known = false;
     if env.flow_into(&work.key, &mut work.flow) {
         work.known = true;
@@ -199,26 +198,21 @@ pub fn ingress<P: Packet, E: Table + Flows + Node>(
             work.known = false;
             return if frontend(env, work, link) { Stage::Open } else { PASS };
         }
-        let flags = work.flow.flags;
-        reply = flags & flow_flag::REPLY != 0;
-        let snat = flags & flow_flag::SNAT != 0;
-        if reply && !snat {
+        if work.flow.flags & (flow_flag::REPLY | flow_flag::SNAT) == flow_flag::REPLY {
             return if matches!(link, Link::Pod) { door::leave(packet, env, work) } else { PASS };
         }
-        let stands = if reply {
-            !flow::is_expired(&work.flow, work.headers.proto, work.now_s)
-        } else {
-            flow::keeps(env, work) && (flags & flow_flag::TUNNEL == 0 || is_direct(env, work, link))
-        };
-        if stands && flow::note(env, work) {
-            if flags & flow_flag::TUNNEL != 0 {
+        // The flags are read again behind each call: with what it knew of them before, a verifier would follow the call once
+        // for every case.
+        if stands(env, work, link) && flow::note(env, work) {
+            if work.flow.flags & flow_flag::TUNNEL != 0 {
                 return tunnel::wrap(packet, env, work);
             }
+            let snat = work.flow.flags & flow_flag::SNAT != 0;
             return if snat { travel(packet, env, work) } else { deliver(packet, env, work) };
         }
-    }
-    if reply {
-        return PASS;
+        if work.flow.flags & flow_flag::REPLY != 0 {
+            return PASS;
+        }
     }
     if frontend(env, work, link) {
         return Stage::Open;
@@ -383,6 +377,15 @@ pub(crate) fn frontend<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
     }
 }
 
+/// Whether the flow in `work` may go on.
+#[inline(always)]
+fn stands<E: Table>(env: &E, work: &mut Work, link: Link) -> bool {
+    if work.flow.flags & flow_flag::REPLY != 0 {
+        return !flow::is_expired(&work.flow, work.headers.proto, work.now_s);
+    }
+    flow::keeps(env, work) && (work.flow.flags & flow_flag::TUNNEL == 0 || is_direct(env, work, link))
+}
+
 /// Whether a flow of direct return may go on so: a connection under way does, anything else only while its service is
 /// direct, since the backend's node may forget it as soon as it is not.
 #[inline(always)]
@@ -466,7 +469,7 @@ fn go_on<P: Packet, E: Table + Affinities + Flows + Node>(
             Stage::Again if wrapped => tunnel::unwrap(packet, env, work),
             Stage::Again => ingress(packet, env, work, link),
             Stage::Icmp => icmp::error(packet, env, work, side, link),
-            Stage::Answer(answer) => Stage::Done(answer::give(packet, env, work, answer)),
+            Stage::Answer(answer) => Stage::Done(answer::give(packet, env, work, || answer)),
         }
     }
 }

@@ -181,6 +181,15 @@ pub trait Node {
     {
         crate::open::try_port(self, work, attempt)
     }
+    /// A few steps of the search for an endpoint of this node: [`crate::tunnel::is_near`], in a program a function of its own
+    /// likewise.
+    #[inline(always)]
+    fn is_near(&self, work: &mut Work, len: u32) -> bool
+    where
+        Self: Table + Sized,
+    {
+        crate::tunnel::is_near(self, work, len)
+    }
     /// Asks the routing table.
     fn route(&self, journey: &Journey) -> Way;
     /// The door at a place ([`Flow::door`]), which need not be one; `None` when a later hook is to see to it.

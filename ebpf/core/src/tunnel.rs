@@ -26,7 +26,9 @@ use crate::{checksum, flow, icmp, open, resolve};
 use sheave_ebpf_abi::{Address, Counter, Flow, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP, flow_flag};
 
 /// Endpoints of one node that are looked through for the one that a header names; a node has fewer pods.
-const LOCALS_MAX: u16 = 256;
+const LOCALS_MAX: u32 = 256;
+/// How many of them are looked at in one step ([`Node::is_near`]).
+const LOCALS_AT_ONCE: u32 = 16;
 
 /// Bytes of the header around a packet.
 #[inline(always)]
@@ -371,22 +373,35 @@ fn take_off<P: Packet, E: Table>(packet: &mut P, env: &E, v6: bool) -> bool {
 /// Finds the endpoint of this node that the header in `work` names among those of the frontend in `work`, and leaves its
 /// slot there. A packet for nobody here is left to the stack as it is, and to the other node's next pick.
 #[inline(always)]
-pub(crate) fn name<E: Table>(env: &E, work: &mut Work) -> bool {
+pub(crate) fn name<E: Table + Node>(env: &E, work: &mut Work) -> bool {
     work.slot = work.frontend.base;
-    if is_among(env, work, work.frontend.local_ready) {
+    if is_among(env, work, u32::from(work.frontend.local_ready)) {
         return true;
     }
     // Those that terminate come behind the ready ones of both kinds.
     let ready = u32::from(work.frontend.local_ready) + u32::from(work.frontend.remote_ready);
     work.slot = work.frontend.base.wrapping_add(ready);
-    is_among(env, work, work.frontend.local_terminating)
+    is_among(env, work, u32::from(work.frontend.local_terminating))
 }
 
 /// Whether it is one of `len` slots from that in `work` on, which is its own then.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn is_among<E: Table>(env: &E, work: &mut Work, len: u16) -> bool {
+fn is_among<E: Table + Node>(env: &E, work: &mut Work, len: u32) -> bool {
     let mut at = 0;
     while at < LOCALS_MAX && at < len {
+        if env.is_near(work, len - at) {
+            return true;
+        }
+        at += LOCALS_AT_ONCE;
+    }
+    false
+}
+
+/// The same of the first few of them; past those otherwise.
+#[inline(always)]
+pub fn is_near<E: Table>(env: &E, work: &mut Work, len: u32) -> bool {
+    let mut at = 0;
+    while at < LOCALS_AT_ONCE && at < len {
         if let Some(backend) = resolve::backend_at(env, work.frontend.service, work.slot)
             && backend.addr == work.outer[1]
         {

@@ -46,6 +46,10 @@ pub fn words<const W: usize>(data: usize, end: usize) -> Option<[u32; W]> {
     Some(words)
 }
 
+/// Bytes that can be copied by the word.
+#[repr(C, align(8))]
+struct Aligned<const N: usize>([u8; N]);
+
 /// A packet at a traffic control hook.
 pub struct Skb<'a> {
     pub ctx: &'a TcContext,
@@ -78,11 +82,11 @@ impl Packet for Skb<'_> {
 
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        let mut bytes = MaybeUninit::<Aligned<N>>::uninit();
         // SAFETY: `bytes` has room for N bytes, and the helper writes all of them (zeroes where it fails).
         unsafe {
             match bpf_skb_load_bytes(self.ctx.as_ptr(), offset, bytes.as_mut_ptr().cast(), N as u32) {
-                0 => Some(bytes.assume_init()),
+                0 => Some(bytes.assume_init().0),
                 _ => None,
             }
         }

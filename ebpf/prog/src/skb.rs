@@ -3,7 +3,7 @@
 use crate::event::tell;
 use crate::flows;
 use crate::maps::{ANSWERS, DOORS, FRAGMENTS, MARKS, Maps, RANGES};
-use crate::tc::{STORED, TAKEN, shv_try_port};
+use crate::tc::{STORED, TAKEN, shv_is_near, shv_try_port};
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_F_CURRENT_NETNS, bpf_sock_tuple},
@@ -187,6 +187,17 @@ impl<C: Hook> Node for Env<'_, C> {
             TAKEN => Claim::Taken,
             _ => Claim::Refused,
         }
+    }
+
+    #[inline(always)]
+    fn is_near(&self, work: &mut Work, len: u32) -> bool {
+        if C::EARLY {
+            return false;
+        }
+        core::hint::black_box(&mut *work);
+        let found = shv_is_near(len);
+        core::hint::black_box(&mut *work);
+        found != 0
     }
 
     #[inline(always)]

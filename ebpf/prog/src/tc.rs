@@ -2,7 +2,7 @@
 //! program of the next; which one is core's word. The long and seldom stages are programs of their own, since each
 //! must fit into what the verifier of every kernel takes.
 
-use crate::maps::{self, CALLS};
+use crate::maps::{self, CALLS, Maps};
 use crate::skb::Env;
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
@@ -119,6 +119,16 @@ pub extern "C" fn shv_try_port(ctx: *mut __sk_buff, attempt: u32) -> u32 {
     }
 }
 
+/// A few steps of the search for the endpoint that a header names, among the slots from that in this processor's work area on. A
+/// global function like [`shv_try_port`]: followed from wherever it is called, the search was two thirds of what the verifier
+/// did for its program.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn shv_is_near(len: u32) -> u32 {
+    let Some(work) = maps::work() else { return 0 };
+    u32::from(tunnel::is_near(&Maps, work, len))
+}
+
 /// Called only: translates an ICMP error.
 #[classifier]
 pub fn shv_tc_icmp(ctx: TcContext) -> i32 {
@@ -143,9 +153,9 @@ pub fn shv_tc_unwrap(ctx: TcContext) -> i32 {
 /// Called only: answers.
 #[classifier]
 pub fn shv_tc_answer(ctx: TcContext) -> i32 {
-    let answer = Answer::from_word(get(&ctx, WORD_ANSWER));
     let Some(work) = maps::work() else { return TC_ACT_SHOT as i32 };
-    let verdict = answer::give(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, answer);
+    let told = || Answer::from_word(get(&ctx, WORD_ANSWER));
+    let verdict = answer::give(&mut Skb { ctx: &ctx }, &Env { ctx: &ctx }, work, told);
     code(&ctx, work, verdict)
 }
 
