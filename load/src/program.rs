@@ -65,7 +65,6 @@ struct Plane {
 
 impl Plane {
     fn fill(&mut self) -> Result<Told, LoadError> {
-        let start = Instant::now();
         let (mut open_s, mut note, spec) = (0.0, None, self.program.spec);
         let mode = match self.program.way {
             Way::Direct => return Ok(Told::Unavailable("there is nothing to put in".to_owned())),
@@ -74,13 +73,13 @@ impl Plane {
             Way::Ipvs => Some(Mode::Ipvs),
             Way::Iptables => None,
         };
+        // What the API tells of is there before the clock starts, as are kube-proxy's objects before its rules.
+        let events = if mode.is_some() { self.events() } else { Vec::new() };
+        let start = Instant::now();
         if let Some(mode) = mode {
             let mut driver = Driver::open(&self.config(mode)).map_err(|e| failed(&e))?;
             open_s = start.elapsed().as_secs_f64();
-            for service in 0..spec.services {
-                driver.handle([spec.service(service), spec.slice(service, &spec.endpoints(service))]);
-            }
-            driver.handle(self.synced());
+            driver.handle(events);
             driver.step().map_err(|e| failed(&e))?;
             if let Some((service, reasons)) = driver.refused().first_key_value() {
                 let why: Vec<String> = reasons.iter().map(ToString::to_string).collect();
@@ -126,18 +125,23 @@ impl Plane {
         }
     }
 
-    fn synced(&self) -> [Event; 2] {
+    /// All services with their slices, and that these are all.
+    fn events(&self) -> Vec<Event> {
         let spec = self.program.spec;
+        let mut events = Vec::with_capacity(spec.services as usize * 2 + 2);
         let (mut services, mut slices) = (BTreeSet::new(), BTreeSet::new());
-        for service in 0..spec.services {
-            if let Event::Service(service) = spec.service(service) {
-                services.insert(service.key);
-            }
-            if let Event::Slice(slice) = spec.slice(service, &[]) {
-                slices.insert(slice.key);
+        for number in 0..spec.services {
+            for event in [spec.service(number), spec.slice(number, &spec.endpoints(number))] {
+                match &event {
+                    Event::Service(service) => drop(services.insert(service.key.clone())),
+                    Event::Slice(slice) => drop(slices.insert(slice.key.clone())),
+                    _ => {}
+                }
+                events.push(event);
             }
         }
-        [Event::ServicesSynced(services), Event::SlicesSynced(slices)]
+        events.extend([Event::ServicesSynced(services), Event::SlicesSynced(slices)]);
+        events
     }
 
     /// One change after the other; how long each took until the kernel had it.
