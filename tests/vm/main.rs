@@ -1,6 +1,7 @@
 //! Ring vm: the netns suite's `service_…`, `runtime_…`, `kernel_…` and `ipvs_…` tests on other kernels (the oldest that is
 //! promised, and the newest that Debian has; pure cgroup v2). One boot a kernel; each test that ran in a guest is
-//! reported here under `<kernel>::<its name>`, in the words of an ordinary test program, so that it is counted.
+//! reported here under `<kernel>::<its name>`, in the words of an ordinary test program, so that it is counted. The guests run
+//! side by side.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -44,12 +45,16 @@ fn main() -> ExitCode {
     let kernels: Vec<_> =
         KERNELS.iter().filter_map(|kernel| wanted(kernel, &filters).map(|f| (*kernel, f))).collect();
     println!("\nrunning the netns suite in {} guests", kernels.len());
-    let (mut passed, mut failed) = (0, 0);
-    for (kernel, filters) in kernels {
-        let run = Run::of(kernel, &filters);
-        passed += run.verdicts.values().filter(|ok| **ok).count();
-        failed += run.verdicts.values().filter(|ok| !**ok).count();
-    }
+    prepare(kernels.iter().map(|(kernel, _)| *kernel));
+    // A guest has one processor, which is all that an emulated one makes use of.
+    let runs: Vec<Run> = std::thread::scope(|scope| {
+        let started: Vec<_> =
+            kernels.iter().map(|(kernel, filters)| scope.spawn(|| Run::of(kernel, filters))).collect();
+        started.into_iter().map(|run| run.join().expect("a guest's run")).collect()
+    });
+    let count =
+        |wanted: bool| runs.iter().flat_map(|run| run.verdicts.values()).filter(|ok| **ok == wanted).count();
+    let (passed, failed) = (count(true), count(false));
     let word = if failed == 0 { "ok" } else { "FAILED" };
     println!(
         "\ntest result: {word}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out"
@@ -72,6 +77,21 @@ fn wanted(kernel: &str, filters: &[String]) -> Option<Vec<String>> {
     (!mine.is_empty()).then_some(mine)
 }
 
+/// `cargo xtask vm`.
+fn vm() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(["run", "--quiet", "--package", "xtask", "--", "vm"]).stdin(Stdio::null());
+    // Meant for static programs; xtask itself is an ordinary one.
+    command.env_remove("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS");
+    command
+}
+
+/// Fetches the kernels, one after the other.
+fn prepare<'a>(kernels: impl Iterator<Item = &'a str>) {
+    let status = vm().arg("prepare").args(kernels).stdout(Stdio::null()).status().expect("start cargo");
+    assert!(status.success(), "the kernels cannot be had: {status}");
+}
+
 /// What one guest said.
 struct Run {
     verdicts: BTreeMap<String, bool>,
@@ -80,12 +100,8 @@ struct Run {
 impl Run {
     fn of(kernel: &str, filters: &[String]) -> Run {
         let mut run = Run { verdicts: BTreeMap::new() };
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
-        command.args(["run", "--quiet", "--package", "xtask", "--", "vm", "suite", "--kernel", kernel, "--"]);
-        // Meant for static programs; xtask itself is an ordinary one.
-        command.env_remove("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS");
-        command.args(filters).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut command = vm();
+        command.args(["suite", "--kernel", kernel, "--"]).args(filters).stdout(Stdio::piped());
         let mut child = command.spawn().expect("start cargo");
         let output = child.stdout.take().expect("its output is a pipe");
         let mut all = String::new();
