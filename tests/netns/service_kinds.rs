@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use sheave_agent::dataplane::ebpf::{EbpfDataplane, Listener};
 use sheave_agent::dataplane::{Attached, Dataplane as _};
 use sheave_agent::service::{
-    BackendAddr, Changes, FrontendEntry, FrontendKey, FrontendKind, FrontendPolicy, Member, Proto, RunWrite,
+    BackendAddr, Changes, FrontendEntry, FrontendKey, FrontendKind, FrontendPolicy, Member, Proto, SlotWrite,
 };
 use sheave_harness::{NetNs, isolated};
 
@@ -52,7 +52,8 @@ impl Hand {
         }
         let base = self.next_slot;
         self.next_slot += pods.len() as u32;
-        changes.put_runs.push(RunWrite { base, service, backends: ids });
+        let slots = (base..).zip(ids);
+        changes.put_slots.extend(slots.map(|(index, backend)| SlotWrite { index, service, backend }));
         for (to, policy) in frontends {
             let key = FrontendKey { addr: to.ip(), port: to.port(), proto };
             let counts = [pods.len() as u16, 0, 0, 0];

@@ -43,10 +43,13 @@ async fn forward<K: Resource>(
                 listed.clear();
                 continue;
             }
-            watcher::Event::InitApply(object) => {
-                listed.insert(key(object.meta()));
-                present(&object).unwrap_or_else(|| gone(key(object.meta())))
-            }
+            watcher::Event::InitApply(object) => match present(&object) {
+                Some(event) => {
+                    listed.insert(key(object.meta()));
+                    event
+                }
+                None => gone(key(object.meta())),
+            },
             watcher::Event::InitDone => synced(std::mem::take(&mut listed)),
             watcher::Event::Apply(object) => {
                 // When the change behind it was made in the cluster, for the programming latency. What was listed is

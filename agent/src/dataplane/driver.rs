@@ -11,8 +11,11 @@ use sample::Sampler;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
+#[cfg(test)]
+mod rounds_tests;
 mod run;
 mod sample;
 
@@ -147,27 +150,43 @@ impl Driver {
 
     /// Whether there was anything to write.
     fn write(&mut self) -> Result<bool, DataplaneError> {
-        let mut wrote = false;
         if self.unsure {
             self.planner.restart(adopt(self.plane.as_mut())?);
             self.unsure = false;
         }
-        // A round is so large at most, and the room that it frees may let a refused service in.
-        for _ in 0..limits::DATAPLANE_ROUNDS_MAX {
-            let changes = self.planner.flush();
-            if !changes.is_empty() {
-                wrote = true;
-                self.plane.apply(&changes)?;
-                self.stats.update(|figures| {
-                    figures.applies_total += 1;
-                    figures.entries_written_total += entries(&changes);
-                });
-            }
-            if !self.planner.applied() {
-                break;
-            }
+        let changes = self.planner.flush();
+        if self.planner.passed_on() {
+            return self.write_rounds(changes);
         }
-        Ok(wrote)
+        put(self.plane.as_mut(), &self.stats, &changes)?;
+        Ok(!changes.is_empty())
+    }
+
+    /// The same where one round is not all: the next one is planned while one is being written.
+    fn write_rounds(&mut self, first: Changes) -> Result<bool, DataplaneError> {
+        let (plane, stats, planner) = (self.plane.as_mut(), &self.stats, &mut self.planner);
+        std::thread::scope(|scope| {
+            let (pass, passed) = sync_channel::<Changes>(1);
+            let writer = std::thread::Builder::new()
+                .name("write".to_owned())
+                .spawn_scoped(scope, move || {
+                    passed.iter().try_for_each(|changes| put(plane, stats, &changes))
+                })
+                .map_err(|source| DataplaneError::Host { op: "start a thread that writes", source })?;
+            let (mut wrote, mut changes, mut more) = (false, first, true);
+            // A round is so large at most, and the room that it frees may let a refused service in.
+            for round in 1..=limits::DATAPLANE_ROUNDS_MAX {
+                wrote |= !changes.is_empty();
+                // It ends before this side does with an error only.
+                if pass.send(changes).is_err() || !more || round == limits::DATAPLANE_ROUNDS_MAX {
+                    break;
+                }
+                changes = planner.flush();
+                more = planner.passed_on();
+            }
+            drop(pass);
+            writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(|()| wrote)
+        })
     }
 
     fn attach(&mut self) -> Result<(), DataplaneError> {
@@ -241,15 +260,27 @@ impl Driver {
     }
 }
 
+/// Writes one round.
+fn put(plane: &mut dyn Dataplane, stats: &StatsHandle, changes: &Changes) -> Result<(), DataplaneError> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    plane.apply(changes)?;
+    stats.update(|figures| {
+        figures.applies_total += 1;
+        figures.entries_written_total += entries(changes);
+    });
+    Ok(())
+}
+
 fn adopt(plane: &mut dyn Dataplane) -> Result<Table, DataplaneError> {
     let observed: Observed = plane.observe()?;
     Ok(Table::adopt(plane.capacity(), &observed).with_abilities(plane.abilities()))
 }
 
 fn entries(changes: &Changes) -> u64 {
-    let slots: usize = changes.put_runs.iter().map(|run| run.backends.len()).sum();
     (changes.put_backends.len()
-        + slots
+        + changes.put_slots.len()
         + changes.put_frontends.len()
         + changes.delete_frontends.len()
         + changes.delete_backends.len()) as u64

@@ -76,10 +76,12 @@ impl Mirror {
     pub fn apply(&mut self, changes: &Changes) -> Touched {
         let mut touched = Touched::default();
         self.backends.extend(changes.put_backends.iter().map(|(id, addr)| (*id, *addr)));
-        for run in &changes.put_runs {
-            let (base, end) = (run.base as usize, run.base as usize + run.backends.len());
-            self.slots.resize(self.slots.len().max(end), 0);
-            self.slots[base..end].copy_from_slice(&run.backends);
+        for slot in &changes.put_slots {
+            let at = slot.index as usize;
+            if at >= self.slots.len() {
+                self.slots.resize(at + 1, 0);
+            }
+            self.slots[at] = slot.backend;
         }
         for (service, range) in &changes.put_ranges {
             self.ranges.insert((*service, *range));

@@ -86,7 +86,7 @@ fn members_follow_affinity_and_readiness() {
     assert!(world.kernel.members.is_empty());
     port.policy.affinity_timeout_s = 60;
     let (changes, _) = world.set("a", &[&port]);
-    assert_eq!((changes.put_members.len(), changes.put_runs.len()), (2, 0), "the run stays as it is");
+    assert_eq!((changes.put_members.len(), changes.put_slots.len()), (2, 0), "the run stays as it is");
     (port.local, port.terminating) = (vec![1], vec![2]);
     let (changes, _) = world.set("a", &[&port]);
     let member = Member { local: true, ready: false, cluster: false };
@@ -133,7 +133,7 @@ fn udp_clients_lose_what_neither_is_ready_nor_serves() {
         assert!(world.kernel.backends.values().any(|at| *at == backend(2, proto)), "its id stays");
         port.dormant.clear();
         let (changes, _) = world.set("a", &[&port]);
-        assert_eq!((lost(&changes), changes.put_runs.len()), (vec![backend(2, proto)], 0));
+        assert_eq!((lost(&changes), changes.put_slots.len()), (vec![backend(2, proto)], 0));
         assert_eq!(lost(&world.set("a", &[]).0), [backend(1, proto)], "the service went");
     }
     let mut world = World::new(Abilities::ALL);
@@ -316,7 +316,7 @@ fn rounds(planner: &mut Planner, kernel: &mut Kernel) -> Vec<usize> {
         let changes = planner.flush();
         rounds.push(changes.put_frontends.values().map(|e| e.service).collect::<BTreeSet<_>>().len());
         kernel.apply_all(&changes);
-        if !planner.applied() {
+        if !planner.passed_on() {
             return rounds;
         }
     }
@@ -351,7 +351,7 @@ fn many_services_come_in_rounds_and_what_goes_comes_first() {
     planner.handle(Event::ServiceGone("default/s10".into()));
     planner.handle(Event::ServiceGone("default/s9".into()));
     assert_eq!(planner.flush().delete_frontends.len(), 0, "these are queued as changes already");
-    planner.applied();
+    planner.passed_on();
     rounds(&mut planner, &mut kernel);
     let mut fresh = (1..=10).map(|n| service(n, 0));
     planner.handle(Event::Service(fresh.next().unwrap()));

@@ -39,15 +39,15 @@ impl FrontendEntry {
     }
 }
 
-/// A run of slots to be written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunWrite {
-    /// First slot.
-    pub base: u32,
-    /// Owner, written into every slot.
+/// A slot to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotWrite {
+    /// Which one.
+    pub index: u32,
+    /// Whose run it is in.
     pub service: ServiceId,
-    /// Backends, one a slot.
-    pub backends: Vec<BackendId>,
+    /// What is in it.
+    pub backend: BackendId,
 }
 
 /// What the members map says of one usable backend of a service with session affinity.
@@ -131,8 +131,8 @@ pub struct Observed {
 pub struct Changes {
     /// 1. Backends that are new, each once.
     pub put_backends: Vec<(BackendId, BackendAddr)>,
-    /// 2. Runs that nobody refers to yet.
-    pub put_runs: Vec<RunWrite>,
+    /// 2. Slots of runs that nobody refers to yet, run by run.
+    pub put_slots: Vec<SlotWrite>,
     /// 3. Maglev tables that nobody refers to yet.
     pub put_maglevs: Vec<MaglevWrite>,
     /// 4. Members of services with session affinity, new and changed.
@@ -158,7 +158,7 @@ impl Changes {
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.put_backends.is_empty()
-            && self.put_runs.is_empty()
+            && self.put_slots.is_empty()
             && self.put_maglevs.is_empty()
             && self.put_members.is_empty()
             && self.put_ranges.is_empty()

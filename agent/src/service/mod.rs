@@ -12,7 +12,7 @@ mod plan;
 mod plan_tests;
 mod planner;
 #[cfg(test)]
-mod pretend;
+pub(crate) mod pretend;
 #[cfg(test)]
 mod property_tests;
 mod runs;
@@ -22,7 +22,7 @@ mod table_tests;
 
 pub use changes::{
     Abilities, BackendId, Capacity, Changes, FrontendEntry, MaglevId, MaglevWrite, Member, Observed, Refusal,
-    RunWrite, ServiceId, Usage,
+    ServiceId, SlotWrite, Usage,
 };
 pub use model::{
     Distribution, Endpoint, Family, Hint, IpvsScheduler, ObjectKey, Proto, Readiness, Scheduler, Service,
@@ -49,9 +49,9 @@ pub enum Event {
     Slice(Slice),
     /// An EndpointSlice is gone, or belongs to no Service.
     SliceGone(ObjectKey),
-    /// All Services that exist were told; those in the model that are not among `0` are gone.
+    /// All Services that exist were told, which are `0`; others in the model are gone.
     ServicesSynced(BTreeSet<ObjectKey>),
-    /// All EndpointSlices that exist were told; those in the model that are not among `0` are gone.
+    /// All EndpointSlices that exist were told, which are `0`; others in the model are gone.
     SlicesSynced(BTreeSet<ObjectKey>),
     /// The node's facts changed.
     Node(NodeFacts),

@@ -260,7 +260,7 @@ fn a_cluster_ip_of_the_node_itself_is_refused_and_the_rest_is_programmed() {
     assert_eq!(keys, wanted.map(|(addr, port)| (addr.to_owned(), port)));
     let told = planner.refused()["default/web"][0].to_string();
     assert!(told.contains("spec.clusterIPs: 10.96.0.5 is an address of this node"), "{told}");
-    planner.applied();
+    planner.passed_on();
     planner.handle(Event::Node(NodeFacts::default()));
     assert_eq!(planner.flush().put_frontends.len(), 2);
     assert!(planner.refused().is_empty(), "what passes is not told for ever");

@@ -124,10 +124,9 @@ impl Planner {
             Event::ServiceGone(key) => self.remove_service(&key),
             Event::Slice(slice) => self.put_slice(slice),
             Event::SliceGone(key) => self.remove_slice(&key),
+            // Each of them was told, so where there are as many nothing is gone, and none of them has to be looked up.
             Event::ServicesSynced(all) => {
-                let is_held = |key| self.known.get(key).is_some_and(|known| known.service.is_some());
-                // Mostly nothing is gone, which is told by a look at each; the other way around costs much more.
-                if all.iter().filter(|key| is_held(*key)).count() != self.service_count {
+                if all.len() != self.service_count {
                     let held = self.known.iter().filter(|(_, known)| known.service.is_some());
                     let gone: Vec<_> =
                         held.map(|(key, _)| key).filter(|key| !all.contains(*key)).cloned().collect();
@@ -136,7 +135,7 @@ impl Planner {
                 self.services_synced = true;
             }
             Event::SlicesSynced(all) => {
-                if all.iter().filter(|key| self.owners.contains_key(*key)).count() != self.owners.len() {
+                if all.len() != self.owners.len() {
                     let gone: Vec<_> =
                         self.owners.keys().filter(|key| !all.contains(*key)).cloned().collect();
                     gone.iter().for_each(|key| self.remove_slice(key));
@@ -215,13 +214,14 @@ impl Planner {
         }
     }
 
-    /// The next changes towards what the events so far want; empty before [`Planner::synced`]. The caller applies them
-    /// and then says [`Planner::applied`], which tells whether there is more, or [`Planner::restart`] when that failed.
+    /// The next changes towards what the events so far want; empty before [`Planner::synced`]. The caller applies them in
+    /// this order, says [`Planner::passed_on`], which tells whether there is more, and [`Planner::restart`] when one failed.
     pub fn flush(&mut self) -> Changes {
         let mut changes = Changes::default();
         if !self.synced() {
             return changes;
         }
+        self.table.expect(self.service_count.saturating_sub(self.table.usage().services));
         let mut left = self.table.abilities().services_per_round.max(1);
         // Removals first: what they free is there for the others after this round.
         for queue in 0..self.queues.len() {
@@ -336,9 +336,10 @@ impl Planner {
         }
     }
 
-    /// The changes of the last [`Planner::flush`] are in the kernel. True when another flush may have more to do:
-    /// events that were too many for one round, or a refused service that may fit into what these changes freed.
-    pub fn applied(&mut self) -> bool {
+    /// The changes of the last [`Planner::flush`] are in the kernel, or will be before anything of a later one is. True when
+    /// another flush may have more to do: events that were too many for one round, or a refused service that may fit into
+    /// what these changes freed.
+    pub fn passed_on(&mut self) -> bool {
         self.retry |= self.table.has_released();
         self.table.settle();
         self.retry &= !self.blocked.is_empty();

@@ -6,21 +6,21 @@ use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub(super) const CAPACITY: Capacity =
+pub(crate) const CAPACITY: Capacity =
     Capacity { frontends4: 24, frontends6: 8, slots: 40, backends: 40, members: 24, ranges: 12, maglevs: 4 };
 
 #[derive(Clone, Default)]
-pub(super) struct Kernel {
-    pub(super) frontends: BTreeMap<FrontendKey, FrontendEntry>,
-    pub(super) slots: Vec<(ServiceId, BackendId)>,
-    pub(super) backends: BTreeMap<BackendId, BackendAddr>,
-    pub(super) maglevs: BTreeMap<MaglevId, Arc<[u16]>>,
-    pub(super) members: BTreeMap<(ServiceId, BackendId), Member>,
-    pub(super) ranges: BTreeSet<(ServiceId, IpNetwork)>,
+pub(crate) struct Kernel {
+    pub(crate) frontends: BTreeMap<FrontendKey, FrontendEntry>,
+    pub(crate) slots: Vec<(ServiceId, BackendId)>,
+    pub(crate) backends: BTreeMap<BackendId, BackendAddr>,
+    pub(crate) maglevs: BTreeMap<MaglevId, Arc<[u16]>>,
+    pub(crate) members: BTreeMap<(ServiceId, BackendId), Member>,
+    pub(crate) ranges: BTreeSet<(ServiceId, IpNetwork)>,
 }
 
 /// One map operation.
-pub(super) enum Step {
+pub(crate) enum Step {
     PutBackend(BackendId, BackendAddr),
     PutSlot(u32, ServiceId, BackendId),
     PutMaglev(MaglevId, Arc<[u16]>),
@@ -33,13 +33,10 @@ pub(super) enum Step {
     DeleteBackend(BackendId),
 }
 
-pub(super) fn steps(changes: &Changes) -> Vec<Step> {
+pub(crate) fn steps(changes: &Changes) -> Vec<Step> {
     let mut steps = Vec::new();
     steps.extend(changes.put_backends.iter().map(|(id, addr)| Step::PutBackend(*id, *addr)));
-    for run in &changes.put_runs {
-        let slots = run.backends.iter().zip(run.base..);
-        steps.extend(slots.map(|(backend, index)| Step::PutSlot(index, run.service, *backend)));
-    }
+    steps.extend(changes.put_slots.iter().map(|slot| Step::PutSlot(slot.index, slot.service, slot.backend)));
     steps.extend(changes.put_maglevs.iter().map(|write| Step::PutMaglev(write.id, write.picks.clone())));
     steps.extend(changes.put_members.iter().map(|(key, member)| Step::PutMember(*key, *member)));
     steps.extend(changes.put_ranges.iter().map(|key| Step::PutRange(*key)));
@@ -53,16 +50,16 @@ pub(super) fn steps(changes: &Changes) -> Vec<Step> {
 
 /// What a program sees at a frontend.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Shown {
-    pub(super) backends: Vec<BackendAddr>,
-    pub(super) counts: [u16; 4],
-    pub(super) local_only: u16,
-    pub(super) policy: FrontendPolicy,
-    pub(super) picks: Option<Arc<[u16]>>,
+pub(crate) struct Shown {
+    pub(crate) backends: Vec<BackendAddr>,
+    pub(crate) counts: [u16; 4],
+    pub(crate) local_only: u16,
+    pub(crate) policy: FrontendPolicy,
+    pub(crate) picks: Option<Arc<[u16]>>,
 }
 
 impl Kernel {
-    pub(super) fn apply(&mut self, step: Step) {
+    pub(crate) fn apply(&mut self, step: Step) {
         match step {
             Step::PutBackend(id, addr) => {
                 assert!((1..=CAPACITY.backends).contains(&id), "no such place");
@@ -100,12 +97,12 @@ impl Kernel {
         }
     }
 
-    pub(super) fn apply_all(&mut self, changes: &Changes) {
+    pub(crate) fn apply_all(&mut self, changes: &Changes) {
         steps(changes).into_iter().for_each(|step| self.apply(step));
     }
 
     /// What a program sees at a frontend, or nothing when anything does not fit.
-    pub(super) fn shown(&self, key: &FrontendKey) -> Option<Shown> {
+    pub(crate) fn shown(&self, key: &FrontendKey) -> Option<Shown> {
         let entry = self.frontends.get(key)?;
         let run = entry.run();
         let slots = self.slots.get(run.base as usize..(run.base + run.len) as usize)?;
@@ -119,13 +116,13 @@ impl Kernel {
     }
 
     /// The source ranges that a program finds for a frontend.
-    pub(super) fn ranges(&self, key: &FrontendKey) -> Option<BTreeSet<IpNetwork>> {
+    pub(crate) fn ranges(&self, key: &FrontendKey) -> Option<BTreeSet<IpNetwork>> {
         let entry = self.frontends.get(key).filter(|entry| entry.policy.source_ranges)?;
         Some(self.ranges.iter().filter(|(id, _)| *id == entry.service).map(|(_, range)| *range).collect())
     }
 
     /// Whether every backend of a frontend with session affinity is a member.
-    pub(super) fn has_members(&self, key: &FrontendKey) -> bool {
+    pub(crate) fn has_members(&self, key: &FrontendKey) -> bool {
         let Some(entry) = self.frontends.get(key).filter(|e| e.policy.affinity_timeout_s != 0) else {
             return true;
         };
@@ -133,7 +130,7 @@ impl Kernel {
         slots.iter().all(|(_, id)| self.members.contains_key(&(entry.service, *id)))
     }
 
-    pub(super) fn observe(&self) -> Observed {
+    pub(crate) fn observe(&self) -> Observed {
         Observed {
             frontends: self.frontends.iter().map(|(k, v)| (*k, *v)).collect(),
             slots: self.slots.clone(),

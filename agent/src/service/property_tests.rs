@@ -279,7 +279,7 @@ fn settle_all(planner: &mut Planner, kernel: &mut Kernel, watch: Watch) {
         if watch == Watch::All {
             check_lost(planner, kernel, &before, &changes);
         }
-        if !planner.applied() {
+        if !planner.passed_on() {
             return;
         }
     }

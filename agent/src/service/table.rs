@@ -8,7 +8,7 @@ mod backends;
 mod beside;
 
 use super::changes::{
-    Abilities, BackendId, Capacity, Changes, FrontendEntry, MaglevId, Member, Refusal, RunWrite, ServiceId,
+    Abilities, BackendId, Capacity, Changes, FrontendEntry, MaglevId, Member, Refusal, ServiceId, SlotWrite,
     Usage,
 };
 use super::model::{Family, ObjectKey, Proto, Scheduler};
@@ -106,6 +106,13 @@ impl Table {
     /// What the data plane can do.
     pub fn abilities(&self) -> Abilities {
         self.abilities
+    }
+
+    /// Makes room for so many more services, at once instead of by and by.
+    pub fn expect(&mut self, services: usize) {
+        self.services.reserve(services);
+        self.entries.reserve(services);
+        self.frontends.reserve(services);
     }
 
     /// Makes the table hold exactly `desired` for `service`; an empty slice removes the service. Adds what that takes
@@ -301,13 +308,12 @@ impl Table {
             Some(run) => {
                 let backends: Box<[BackendId]> =
                     port.port.backends.iter().map(|addr| self.reference(*addr, changes)).collect();
-                if run.len != 0 {
-                    changes.put_runs.push(RunWrite {
-                        base: run.base,
-                        service: id,
-                        backends: backends.to_vec(),
-                    });
-                }
+                let slots = (run.base..).zip(&backends);
+                changes.put_slots.extend(slots.map(|(index, backend)| SlotWrite {
+                    index,
+                    service: id,
+                    backend: *backend,
+                }));
                 (run, backends)
             }
         };
@@ -415,7 +421,8 @@ impl Table {
         id
     }
 
-    /// To be called when all changes so far are in the kernel: what they freed may be used again.
+    /// To be called when all changes so far are in the kernel, or will be before any later one: what they freed may be used
+    /// again.
     pub fn settle(&mut self) {
         let released = std::mem::take(&mut self.released);
         for run in released.runs {

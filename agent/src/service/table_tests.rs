@@ -71,7 +71,7 @@ fn one_endpoint_more_is_one_backend_one_run_and_a_flip_a_frontend() {
     let mut changes = Changes::default();
     table.set(&key(1), &[port(&[1, 2], &[1, 2, 3], &[])], &mut changes).unwrap();
     assert_eq!(changes.put_backends.len(), 1);
-    assert_eq!(changes.put_runs.len(), 1);
+    assert_eq!(changes.put_slots.len(), 3);
     assert_eq!(changes.put_frontends.len(), 2);
     assert!(changes.delete_frontends.is_empty() && changes.delete_backends.is_empty());
     assert_eq!(changes.put_frontends[&frontend(1)].service, id, "ids stay");

@@ -1,6 +1,8 @@
 //! The compiled kernel programs. Invariant: either [`AVAILABLE`] is true and [`BYTES`] is the ELF object built from
 //! `ebpf/prog` of this very tree, or it is false, the bytes are empty and [`WHY_NOT`] says what the build lacked.
 
+use std::sync::LazyLock;
+
 /// Gives the bytes the alignment that ELF parsers want.
 #[repr(C, align(8))]
 struct Aligned<B: ?Sized>(B);
@@ -23,12 +25,14 @@ pub const WHY_NOT: &str = env!("SHEAVE_EBPF_WHY_NOT");
 
 /// A digest of [`BYTES`] that tells two builds of the programs apart (64-bit FNV-1a; not a defence against anybody).
 pub fn digest() -> u64 {
-    fnv(BYTES)
+    static DIGEST: LazyLock<u64> = LazyLock::new(|| fnv(BYTES));
+    *DIGEST
 }
 
 /// The same of [`NET_BYTES`].
 pub fn net_digest() -> u64 {
-    fnv(NET_BYTES)
+    static DIGEST: LazyLock<u64> = LazyLock::new(|| fnv(NET_BYTES));
+    *DIGEST
 }
 
 fn fnv(bytes: &[u8]) -> u64 {

@@ -3,7 +3,7 @@
 
 use crate::service::{
     BackendAddr, BackendId, FrontendEntry, FrontendKey, FrontendKind, FrontendPolicy, Member, Proto,
-    RunWrite, Scheduler, ServiceId,
+    Scheduler, ServiceId, SlotWrite,
 };
 use ipnetwork::IpNetwork;
 use sheave_ebpf_abi::{
@@ -198,9 +198,9 @@ pub(super) fn from_backend(value: &Backend) -> Option<BackendAddr> {
     })
 }
 
-/// The slots of a run with their indexes.
-pub(super) fn slots(run: &RunWrite) -> impl Iterator<Item = (u32, Slot)> + '_ {
-    (run.base..).zip(run.backends.iter().map(|backend| Slot { backend: *backend, service: run.service }))
+/// A slot with its index.
+pub(super) fn slot(write: &SlotWrite) -> (u32, Slot) {
+    (write.index, Slot { backend: write.backend, service: write.service })
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ use map::Map;
 use nix::mount::MntFlags;
 use sheave_ebpf_abi::{
     ABI_VERSION, Address, Backend, Config, Door, Frontend, Frontend4Key, Frontend6Key, MAGLEV_SLOTS,
-    MaglevTable, MemberKey, Plain as _, RangeKey, Slot, config_flag, map as names,
+    MaglevTable, MemberKey, Plain as _, RangeKey, Slot, call, config_flag, map as names,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -132,7 +132,7 @@ impl Maps {
         let backends: Vec<_> =
             changes.put_backends.iter().map(|(id, at)| (*id, encode::backend(*id, at))).collect();
         maps.backends.put_rows(&backends)?;
-        let slots: Vec<_> = changes.put_runs.iter().flat_map(encode::slots).collect();
+        let slots: Vec<_> = changes.put_slots.iter().map(encode::slot).collect();
         maps.slots.put_rows(&slots)?;
         for write in &changes.put_maglevs {
             let mut table = MaglevTable { picks: [0; MAGLEV_SLOTS] };
@@ -220,11 +220,13 @@ impl EbpfDataplane {
             path: links,
             source,
         })?;
+        let has_doors = dir.join(names::DOORS).exists();
         let object = if load::all_pinned(&dir)? { None } else { Some(load::load(&dir, &config.sizes)?) };
         let maps = Maps::open(&dir)?;
         let node_addresses = maps.node_addrs.entries(usize::MAX)?;
         let node_addresses = node_addresses.iter().map(|(a, _)| encode::from_address(a)).collect();
-        let (nets, doors) = (nets::Nets::open(&dir)?, doors::Doors::open(&dir)?);
+        let nets = nets::Nets::open(&dir)?;
+        let doors = if has_doors { doors::Doors::open(&dir)? } else { doors::Doors::none(&dir)? };
         let sockets = sockets::Ender::new(&dir, &cgroup, config.stats.clone());
         let mut plane = Self {
             dir,
@@ -312,8 +314,9 @@ impl EbpfDataplane {
             Some(object) => object,
             None => load::load(&self.dir, &self.settings.sizes)?,
         };
-        let at_devices = self.devices()?.into_iter().flat_map(|(_, hooks)| hooks).map(|(name, ..)| *name);
-        let mut names: Vec<_> = CALLS.iter().map(|(_, name)| *name).collect();
+        let devices = self.devices()?;
+        let at_devices = devices.iter().flat_map(|(_, hooks)| *hooks).map(|(name, ..)| *name);
+        let mut names: Vec<_> = self.calls(&devices).iter().map(|(_, name)| *name).collect();
         names.extend(CGROUP_HOOKS.iter().map(|(name, _)| *name).chain(at_devices));
         self.ahead = Some(ahead::Ahead::start(object, names)?);
         Ok(())
@@ -399,10 +402,21 @@ impl EbpfDataplane {
         self.doors.open_all(&doors)
     }
 
+    /// The programs that those at such devices continue in. What begins at pods' devices is wanted where it is, or may be still.
+    fn calls(&self, devices: &[(String, &'static [DeviceHook])]) -> Vec<&'static (u32, &'static str)> {
+        let begins_at_pods = devices.iter().any(|(_, hooks)| *hooks == POD_HOOKS)
+            || !uplink::others(&self.dir, devices).is_empty();
+        CALLS.iter().filter(|(place, _)| begins_at_pods || *place != call::POD_INGRESS).collect()
+    }
+
     /// Puts the programs that others continue in into their places.
-    fn fill_calls(dir: &Path, object: &mut Ebpf) -> Result<(), DataplaneError> {
+    fn fill_calls(
+        dir: &Path,
+        object: &mut Ebpf,
+        wanted: &[&(u32, &'static str)],
+    ) -> Result<(), DataplaneError> {
         let calls = Map::<u32, u32>::open(dir, names::CALLS)?;
-        for (place, name) in CALLS {
+        for (place, name) in wanted {
             let program = load::program(object, name)?;
             // The kernel takes the program's descriptor for a value.
             calls.put(place, &(program.as_raw_fd() as u32))?;
@@ -534,8 +548,9 @@ impl Dataplane for EbpfDataplane {
         }
         let (dir, devices) = (self.dir.clone(), self.devices()?);
         let (uplinks, with_xdp) = (self.settings.uplinks.clone(), self.settings.xdp);
+        let calls = self.calls(&devices);
         let object = self.object()?;
-        Self::fill_calls(&dir, object)?;
+        Self::fill_calls(&dir, object, &calls)?;
         for (hook, attach_type) in CGROUP_HOOKS {
             let program = load::program(object, hook)?;
             let inherited = link::inherited(&dir, hook);
