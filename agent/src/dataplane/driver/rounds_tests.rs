@@ -118,7 +118,7 @@ fn check(seen: &Mutex<Seen>, generation: u8) {
 #[test]
 fn rounds_arrive_one_after_the_other() {
     let (mut driver, seen) = driver(None);
-    // More than the kernel has room for at once: what a round frees is there for the next.
+    // The kernel has room for two generations and no third: what a round frees is there for the next one.
     for generation in 0..8 {
         tell(&mut driver, generation);
         driver.step().unwrap();

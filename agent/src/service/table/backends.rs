@@ -25,8 +25,8 @@ pub(super) struct Backends {
     /// By id, of which the first is nobody's.
     held: Vec<Option<Held>>,
     count: usize,
-    /// By address, which is looked up in `held`: the table of a million backends has four bytes for each, not 28, and half a
-    /// cache with them.
+    /// By the address that `held` has for it: four bytes a backend, where a map with the address for its key has 28, are more
+    /// often in the processor's cache.
     ids: HashTable<BackendId>,
     hasher: RandomState,
     /// Ids that nobody has, longest first.
