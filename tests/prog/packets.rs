@@ -83,10 +83,15 @@ fn services() -> Vec<Event> {
     events
 }
 
+/// A device of a pod.
+const POD_LINK: &str = "pod";
+
 /// A namespace whose routes lead where the conversations go: everything by one device, some of it in small packets.
 pub(crate) fn roads() -> NetNs {
     let netns = NetNs::new();
     netns.veth("road", &netns, "end");
+    // Nothing comes this way: that there is such a device has the agent load what begins there.
+    netns.veth(POD_LINK, &netns, "pod-end");
     netns.ip(&["addr", "add", "192.0.2.1/24", "dev", "road"]);
     netns.ip(&["addr", "add", "2001:db8::1/64", "dev", "road", "nodad"]);
     let mtu = REMOTE_MTU.to_string();
@@ -125,6 +130,7 @@ impl Programs {
         let cgroup = Cgroup::new("prog");
         let mut world = World::new(cgroup.path(), &[]);
         world.config.node_ips = PLACES.iter().map(|place| address(place.node)).collect();
+        world.config.pod_links = vec![POD_LINK.to_owned()];
         settings(&mut world.config);
         // Its links are no use here; its maps and the programs in them are.
         drop(world.driver(services()));
