@@ -119,9 +119,7 @@ impl Run {
             run.verdict(kernel, "(the guest itself)", false);
         }
         if run.verdicts.values().any(|ok| !ok) {
-            // Set apart: verdicts in it are counted already, and a failed test is run once more by the name it has here.
-            let said: String = all.lines().map(|line| format!("| {line}\n")).collect();
-            println!("\n---- {kernel}: {status} ----\n{said}");
+            println!("\n---- {kernel}: {status} ----\n{}", sheave_harness::set_apart(all.as_bytes()));
         }
         run
     }

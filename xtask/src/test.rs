@@ -54,9 +54,7 @@ impl Ring {
     /// The failed tests of a first run that are run once more, alone: those of rings whose tests wait for a real kernel
     /// on a machine that others use too, and only where few failed. The summary names them, whatever comes of it.
     fn second_chance(self, first: &Tally, log: &str) -> Option<Vec<String>> {
-        let mut names = count::failures(log);
-        // A guest's whole output is in the log too, where tests have no kernel's name.
-        names.retain(|name| self != Ring::Vm || name.starts_with(|first: char| first.is_ascii_digit()));
+        let names = count::failures(log);
         let few =
             !names.is_empty() && names.len() <= SECOND_CHANCES_MAX && names.len() as u64 == first.failed;
         (matches!(self, Ring::Netns | Ring::Vm) && few).then_some(names)

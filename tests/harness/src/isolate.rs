@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use crate::{Cgroup, NetNs};
+use crate::{Cgroup, NetNs, set_apart};
 
 /// Set in the inner process to the name of the one test that runs there.
 const INSIDE: &str = "SHEAVE_ISOLATED";
@@ -40,7 +40,7 @@ pub fn isolated(module: &str, test: &str, body: impl FnOnce(&std::path::Path)) {
     netns.apply(&mut command);
     cgroup.apply(&mut command);
     let output = command.output().expect("start the test again");
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) = (set_apart(&output.stdout), set_apart(&output.stderr));
     assert!(output.status.success(), "isolated {name}: {}\n{out}\n{err}", output.status);
     // A wrong name would run nothing and "pass".
     assert!(out.contains("1 passed"), "isolated {name} ran no test:\n{out}\n{err}");

@@ -23,7 +23,7 @@ pub use isolate::isolated;
 pub use netns::{NetNs, checksum_in_stack};
 pub use network::NetworkNode;
 pub use node::Node;
-pub use report::skip;
+pub use report::{set_apart, skip};
 pub use wait::{wait_for, wait_until};
 
 /// A short name that no other process and no other call of this process has used: `<label>-<pid>-<n>`.

@@ -21,3 +21,9 @@ pub fn skip(reason: &str) {
         .unwrap_or_else(|e| panic!("open skip file {}: {e}", path.display()));
     file.write_all(format!("{name}\t{reason}\n").as_bytes()).expect("write to the skip file");
 }
+
+/// What another test program said, each line marked, so that who counts verdicts does not take its verdicts for those of the
+/// program that repeats them.
+pub fn set_apart(said: &[u8]) -> String {
+    String::from_utf8_lossy(said).lines().map(|line| format!("| {line}\n")).collect()
+}

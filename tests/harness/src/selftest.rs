@@ -66,4 +66,8 @@ fn isolated_failures_come_out() {
     let failure = std::panic::catch_unwind(run).expect_err("the inner panic fails the outer test");
     let message = failure.downcast_ref::<String>().expect("a formatted message");
     assert!(message.contains("from the inside"), "{message}");
+    assert!(
+        !message.lines().any(|line| line.starts_with("test ")),
+        "no verdict but the outer one: {message}"
+    );
 }
