@@ -173,16 +173,18 @@ impl Driver {
                     passed.iter().try_for_each(|changes| put(plane, stats, &changes))
                 })
                 .map_err(|source| DataplaneError::Host { op: "start a thread that writes", source })?;
-            let (mut wrote, mut changes, mut more) = (false, first, true);
+            let (mut wrote, mut more) = (!first.is_empty(), true);
+            // The writer ends before this side does with an error only.
+            let mut goes_on = pass.send(first).is_ok();
             // A round is so large at most, and the room that it frees may let a refused service in.
-            for round in 1..=limits::DATAPLANE_ROUNDS_MAX {
-                wrote |= !changes.is_empty();
-                // It ends before this side does with an error only.
-                if pass.send(changes).is_err() || !more || round == limits::DATAPLANE_ROUNDS_MAX {
+            for _ in 1..limits::DATAPLANE_ROUNDS_MAX {
+                if !(goes_on && more) {
                     break;
                 }
-                changes = planner.flush();
+                let changes = planner.flush();
                 more = planner.passed_on();
+                wrote |= !changes.is_empty();
+                goes_on = pass.send(changes).is_ok();
             }
             drop(pass);
             writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(|()| wrote)

@@ -126,6 +126,8 @@ impl Planner {
             Event::SliceGone(key) => self.remove_slice(&key),
             // Each of them was told, so where there are as many nothing is gone, and none of them has to be looked up.
             Event::ServicesSynced(all) => {
+                let is_held = |key| self.known.get(key).is_some_and(|known| known.service.is_some());
+                debug_assert!(all.iter().all(is_held), "Services in a list that were not told");
                 if all.len() != self.service_count {
                     let held = self.known.iter().filter(|(_, known)| known.service.is_some());
                     let gone: Vec<_> =
@@ -135,6 +137,10 @@ impl Planner {
                 self.services_synced = true;
             }
             Event::SlicesSynced(all) => {
+                debug_assert!(
+                    all.iter().all(|key| self.owners.contains_key(key)),
+                    "EndpointSlices in a list that were not told"
+                );
                 if all.len() != self.owners.len() {
                     let gone: Vec<_> =
                         self.owners.keys().filter(|key| !all.contains(*key)).cloned().collect();

@@ -501,7 +501,7 @@ fn remote(p: &Place) -> Vec<Step> {
 }
 
 /// An ICMP error as an answer to `frame`.
-fn answered(name: &'static str, frame: Frame, what: [u8; 2], word: u32) -> Step {
+pub(crate) fn answered(name: &'static str, frame: Frame, what: [u8; 2], word: u32) -> Step {
     let input = frame.bytes();
     let max = if frame.src.0.is_ipv4() { 576 - 28 } else { 1280 - 48 };
     let quoted = &input[14..];

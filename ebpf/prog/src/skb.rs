@@ -178,11 +178,7 @@ impl<C: Hook> Node for Env<'_, C> {
         if C::EARLY {
             return Claim::Refused;
         }
-        // The function finds this processor's work area, which is what this is, by itself.
-        core::hint::black_box(&mut *work);
-        let answer = shv_try_port(self.ctx.as_ptr().cast(), attempt);
-        core::hint::black_box(&mut *work);
-        match answer {
+        match apart(work, || shv_try_port(self.ctx.as_ptr().cast(), attempt)) {
             STORED => Claim::Stored,
             TAKEN => Claim::Taken,
             _ => Claim::Refused,
@@ -191,13 +187,7 @@ impl<C: Hook> Node for Env<'_, C> {
 
     #[inline(always)]
     fn is_near(&self, work: &mut Work, len: u32) -> bool {
-        if C::EARLY {
-            return false;
-        }
-        core::hint::black_box(&mut *work);
-        let found = shv_is_near(len);
-        core::hint::black_box(&mut *work);
-        found != 0
+        !C::EARLY && apart(work, || shv_is_near(len)) != 0
     }
 
     #[inline(always)]
@@ -312,6 +302,16 @@ impl<C: Hook> Node for Env<'_, C> {
         let hook = if C::EARLY { event_hook::XDP } else { event_hook::TC_INGRESS };
         tell_packet(work, reason, self.ctx.device(), hook);
     }
+}
+
+/// Calls a global function that reads and writes this processor's work area, which is what `work` is: it finds that by itself,
+/// and the compiler does not see it.
+#[inline(always)]
+fn apart<T>(work: &mut Work, function: impl FnOnce() -> T) -> T {
+    core::hint::black_box(&mut *work);
+    let answer = function();
+    core::hint::black_box(&mut *work);
+    answer
 }
 
 /// In a frame of its own: an event is much for a stack. Only packets on their way in open connections or are refused.

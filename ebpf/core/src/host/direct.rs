@@ -113,6 +113,23 @@ fn the_other_nodes_pick_holds_at_the_backend() {
 }
 
 #[test]
+fn as_many_endpoints_of_a_node_are_found_as_are_looked_through() {
+    let mut kernel = golden_kernel();
+    let addresses: Vec<_> =
+        (0..300).map(|n| std::format!("10.244.{}.{}", 1 + n / 100, 1 + n % 100)).collect();
+    let endpoints: Vec<_> = addresses.iter().map(|addr| (addr.as_str(), true)).collect();
+    let flags = frontend_flag::LOAD_BALANCER | frontend_flag::DSR;
+    kernel.add(900, &[("192.0.2.99", 80)], PROTO_UDP, flags, &endpoints);
+    for (number, addr) in addresses.iter().enumerate() {
+        let client = (V4.client, number as u16 + 1);
+        let there = from_other(Frame::new(client, ("192.0.2.99", 80), L4::Udp), addr);
+        let here = Frame::new(client, (addr, golden::PORT_POD), L4::Udp).bytes();
+        let wanted = if number < 256 { here } else { there.clone() };
+        assert_eq!(run(&kernel, Hook::Ingress, &there), Out::Pass(wanted), "{number}");
+    }
+}
+
+#[test]
 fn endpoints_that_terminate_are_named_too_and_flows_outlive_the_annotation() {
     let mut kernel = golden_kernel();
     let key = Frontend4Key { addr: 0, port: golden::PORT_DIRECT_LOCAL.to_be(), proto: PROTO_TCP, pad: 0 };

@@ -284,6 +284,22 @@ fn refusals_are_limited_and_sizes_are_always_told() {
 }
 
 #[test]
+fn packets_of_every_length_are_quoted_with_a_right_checksum() {
+    let kernel = golden_kernel();
+    for place in &PLACES {
+        let what = if place.v4() { [11, 0] } else { [3, 0] };
+        let there = Frame::new((place.client, 8), (place.node, golden::PORT_REMOTE), L4::Udp);
+        for more in 0..1300 {
+            // So many are answered a second.
+            kernel.now_s.set(kernel.now_s.get() + 1);
+            let last = Frame { hops: 1, more: Some(more), ..there };
+            let step = golden::answered("last hop", last, what, 0);
+            assert_eq!(run(&kernel, step.hook, &step.input), step.output, "{more} at {}", place.node);
+        }
+    }
+}
+
+#[test]
 fn golden_doors() {
     let kernel = golden_kernel();
     let every = |doors: Doors| {
